@@ -1,0 +1,94 @@
+"""The networks: arithmetic only. `from_pretrained` and `save_pretrained` move one component from and to a folder.
+
+A network class has: `config` (a frozen dataclass with `from_hf` and `to_hf`), `hf_class` (the name in config.json),
+`weight_rules(config)` (our path -> PyTorch name), `sharding_rules` (our path -> PartitionSpec), and, where PyTorch's
+files hold more than the parameters, `ignored(config)` (names of buffers) and `tied(config)` (repeated tensors).
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from firm_jax.errors import ConfigError, WeightsError
+
+# PyTorch class name -> module of this package, class
+CLASSES = {
+    "SD3Transformer2DModel": ("sd3", "SD3Transformer"),
+    "AutoencoderKL": ("vae_kl", "AutoencoderKL"),
+    "CLIPTextModelWithProjection": ("clip", "CLIPTextModel"),
+    "T5EncoderModel": ("t5", "T5Encoder"),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
+}
+
+
+def network_class(hf_class: str) -> type[nnx.Module]:
+    """Our class for a PyTorch class name; ConfigError for one that is not supported."""
+    if hf_class not in CLASSES:
+        raise ConfigError(f"networks of class {hf_class!r} are not supported; supported are {sorted(CLASSES)}")
+    module, name = CLASSES[hf_class]
+    return getattr(importlib.import_module(f"firm_jax.models.{module}"), name)
+
+
+def abstract(network: type[nnx.Module], config) -> nnx.Module:
+    """The network with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json; WeightsError when it is missing or not JSON."""
+    file = Path(folder) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{folder} is not a model folder: it has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from error
+
+
+def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
+    """One component from its Hugging Face folder (config.json and safetensors), on the mesh by its sharding rules.
+
+    dtype: "float32", "bfloat16" or "float16". Raises ConfigError for an architecture or a config field that is not
+    supported, WeightsError when the weights do not fit the config.
+    """
+    from firm_jax.interop.hub import resolve
+    from firm_jax.interop.load import load_params
+
+    folder = resolve(folder)
+    raw = read_config(folder)
+    names = [raw["_class_name"]] if "_class_name" in raw else list(raw.get("architectures") or [])
+    if not names:
+        raise ConfigError(f"{folder / 'config.json'} names no class (neither _class_name nor architectures)")
+    network = network_class(names[0])
+    config = network.config_class.from_hf(raw)
+    graphdef, params = nnx.split(abstract(network, config))
+    params = load_params(
+        params,
+        network.weight_rules(config),
+        folder,
+        dtype=jnp.dtype(dtype),
+        sharding_rules=network.sharding_rules,
+        mesh=mesh,
+        ignored=network.ignored(config) if hasattr(network, "ignored") else (),
+        tied=network.tied(config) if hasattr(network, "tied") else {},
+    )
+    return nnx.merge(graphdef, params)
+
+
+def save_pretrained(network: nnx.Module, folder, dtype=None) -> None:
+    """Write config.json and safetensors that PyTorch's own `from_pretrained` reads; dtype None keeps the params'."""
+    from firm_jax.interop.save import save_params
+
+    folder = Path(folder)
+    config = network.config.to_hf()
+    params = nnx.state(network, nnx.Param)
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    if "_class_name" not in config:
+        first = jax.tree.leaves(params)[0].dtype
+        config["dtype"] = str(jnp.dtype(dtype) if dtype else first)
+    save_params(params, network.weight_rules(network.config), folder, stem, dtype=dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,67 @@
+"""From a folder name or a Hugging Face id to a local folder."""
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from firm_jax.errors import WeightsError
+
+# Everything a pipeline or model folder needs, and none of the second copies that repositories keep beside it.
+PATTERNS = [
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*/*.json",
+    "*/*.txt",
+    "*/*.model",
+    "*/*.safetensors",
+    "model*.safetensors",
+]
+TOKEN_VARIABLE = "HF_TOKEN"
+
+
+def resolve(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """The local folder of a model: the folder itself, the cached copy of a Hub id, or a fresh download.
+
+    Raises WeightsError naming the id, where it was looked for, the token variable, and what to do.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    looked_in = [str(folder.absolute()), f"{HF_HUB_CACHE} (the Hugging Face cache; HF_HOME moves it)"]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise WeightsError(f"no such model folder: {folder.absolute()} (and {name!r} is not a Hugging Face id)")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, etag_timeout=5))
+    except GatedRepoError as error:
+        reason = "the repository is gated: accept its licence on huggingface.co and set the token"
+        raise _missing(name, looked_in, reason) from error
+    except RepositoryNotFoundError as error:
+        raise _missing(name, looked_in, "there is no such repository, or the token may not see it") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise _missing(
+            name, looked_in, f"it is not cached and could not be fetched ({type(error).__name__})"
+        ) from error
+
+
+def _missing(name: str, looked_in: list[str], reason: str) -> WeightsError:
+    places = "\n".join(f"  - {place}" for place in looked_in)
+    token = "is set" if os.environ.get(TOKEN_VARIABLE) else "is not set"
+    return WeightsError(
+        f"weights of {name!r} not found: {reason}.\nLooked in:\n{places}\n"
+        f"Remedy: run once with network access, or pass a local folder instead of the id. Private and gated models "
+        f"need an access token in the environment variable {TOKEN_VARIABLE} (it {token}). To try the whole system "
+        f"without any download, use the `:tiny` variant of the config."
+    )

@@ -1,0 +1,58 @@
+"""Our parameters back to the files PyTorch reads: sharded safetensors with an index, or one file."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from firm_jax.interop.mapping import SAME_NAMES, Rule, tensors, to_torch
+from firm_jax.sharding import path_name
+
+
+def save_params(
+    params,
+    rules: tuple[Rule, ...],
+    folder: Path,
+    stem: str,
+    *,
+    dtype=None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a parameter tree under `folder` as `{stem}.safetensors`, or as shards with an index when it is larger.
+
+    `dtype`: the stored dtype; None keeps each leaf's own. Names and layouts are the inverse of loading.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    wanted = list(tensors(params, (*rules, *SAME_NAMES)))
+
+    def stored(tensor) -> np.ndarray:
+        leaf = leaves[tensor.path]
+        leaf = np.asarray(jax.device_get(leaf if tensor.layer is None else leaf[tensor.layer]))
+        return np.ascontiguousarray(to_torch(leaf, tensor.layout).astype(jnp.dtype(dtype) if dtype else leaf.dtype))
+
+    def size(tensor) -> int:
+        itemsize = jnp.dtype(dtype or leaves[tensor.path].dtype).itemsize
+        return int(np.prod(tensor.shape)) * itemsize
+
+    shards, room = [[]], max_shard_bytes
+    for tensor in wanted:
+        if shards[-1] and size(tensor) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= size(tensor)
+    if len(shards) == 1:
+        save_file({t.name: stored(t) for t in shards[0]}, folder / f"{stem}.safetensors", {"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({t.name: stored(t) for t in shard}, folder / file, {"format": "pt"})
+        weight_map.update({t.name: file for t in shard})
+    index = {"metadata": {"total_size": sum(map(size, wanted))}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

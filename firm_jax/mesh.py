@@ -1,0 +1,61 @@
+"""The device mesh: three axes, always Explicit, always all three present.
+
+`data` splits the batch; `fsdp` splits the batch and, in the weights, each kernel's input dimension; `tensor`
+splits heads and feed-forward width. An axis of size 1 costs nothing, so one code path serves one chip and a pod.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from firm_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """The mesh of a run. One of the sizes may be -1: it takes the devices that the others leave.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise ConfigError(f"mesh sizes must be positive, at most one of them -1: got {sizes}")
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free:
+        if devices.size % known:
+            raise ConfigError(
+                f"mesh {sizes}: {devices.size} devices cannot be divided by {known}; "
+                f"change mesh.data, mesh.fsdp or mesh.tensor"
+            )
+        sizes[free[0]] = devices.size // known
+    elif known != devices.size:
+        raise ConfigError(
+            f"mesh {sizes} needs {known} devices but {devices.size} are present; "
+            f"set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take them all"
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def batch_size(mesh: Mesh | None) -> int:
+    """Into how many parts a batch is split: the product of the batch axes' sizes."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shard_batch(tree, mesh: Mesh | None):
+    """Put arrays [B, ...] on the mesh with B split over `data` and `fsdp`. B must divide by `batch_size(mesh)`."""
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, tree)
+    return jax.device_put(tree, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def replicate(tree, mesh: Mesh | None):
+    """Put arrays on every device of the mesh, whole."""
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, tree)
+    return jax.device_put(tree, NamedSharding(mesh, P()))

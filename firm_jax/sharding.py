@@ -1,0 +1,44 @@
+"""Sharding rules: an ordered table of (regex on the parameter's path, PartitionSpec) for each model.
+
+The specs speak of a layer's own dimensions; leading dimensions that a stack of layers adds stay whole. The first
+rule that matches decides, and a parameter that none matches is replicated.
+"""
+
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Rules = tuple[tuple[str, P], ...]
+
+
+def path_name(path) -> str:
+    """`blocks.attn.to_q.kernel` from a JAX key path."""
+    names = []
+    for key in path:
+        name = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
+        names.append(str(name))
+    return ".".join(names).removesuffix(".value")  # nnx keeps a variable's array under this name
+
+
+def partition_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
+    """The spec of one parameter. A mesh axis that does not divide its dimension is left out there."""
+    for pattern, spec in rules:
+        if re.search(pattern, path):
+            full = (None,) * (len(shape) - len(spec)) + tuple(spec)
+            return P(*(axis if _divides(axis, size, mesh) else None for axis, size in zip(full, shape, strict=True)))
+    return P(*(None,) * len(shape))
+
+
+def _divides(axis, size: int, mesh: Mesh) -> bool:
+    return axis is not None and size % mesh.shape[axis] == 0
+
+
+def shardings(abstract, rules: Rules, mesh: Mesh):
+    """The NamedSharding of every leaf of an abstract (or real) parameter tree."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, rules, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
