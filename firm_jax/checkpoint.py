@@ -1,0 +1,309 @@
+"""Training checkpoints: written in the background, complete or absent, verified before they are believed.
+
+`checkpoints/<step>/` holds `state/` (arrays, through Orbax), `data.json` (where the data iterator stands), `meta.json`
+(epoch, config, versions, ...) and `manifest.json` (size and sha256 of every other file). A checkpoint is written under
+a name that starts with a dot and renamed when all of it is on the disk, so that a number names a complete one.
+
+This is the only module that knows Orbax.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from firm_jax.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back: `state` as saved, `data` and `meta` the JSON objects beside it."""
+
+    step: int
+    state: Any
+    data: Any
+    meta: dict[str, Any]
+
+
+class Checkpointer:
+    """The checkpoints of one run, in one folder; at most one save is under way at a time.
+
+    With several processes every one makes the same calls; each writes its shards, the first commits.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep is {keep}: at least one checkpoint has to be kept")
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self._saving: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*"):
+                shutil.rmtree(leftover)
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"\d+", path.name))
+
+    def damaged(self) -> list[Path]:
+        """Checkpoints that were set aside because they do not match their manifest."""
+        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d+\.damaged.*", path.name))
+
+    def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
+        """Start writing a checkpoint; returns once the arrays are copied, so that they may be donated.
+
+        Args:
+            step: Its name; grows from save to save.
+            state: Pytree of jax arrays, typed random keys included.
+            data: What the data pipeline needs to continue, as JSON.
+            meta: What a reader needs to know, as JSON.
+
+        Raises:
+            CheckpointError: The previous save failed, or this one cannot start. Earlier checkpoints are intact.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        arrays = _named(jax.tree.map(_without_key_type, state))
+        meta = meta | {"arrays": {name: _signature(leaf) for name, leaf in _named(state).items()}}
+        staging = self.folder / f".saving-{step}"
+        try:
+            if jax.process_index() == 0:
+                staging.mkdir(parents=True)
+                _write_json(staging / "data.json", data)
+                _write_json(staging / "meta.json", meta)
+            _barrier(f"save-{step}")
+            response = ocp.save_async(staging / "state", arrays)
+        except (OSError, ValueError, RuntimeError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise self._save_error(step, error) from error
+        self._saving = threading.Thread(target=self._finish, args=(step, staging, response), name=f"checkpoint-{step}")
+        self._saving.start()
+
+    def wait(self) -> None:
+        """Wait until the save under way, if any, is on the disk; raises CheckpointError if it failed."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def restore(self, abstract_state: Any) -> Checkpoint | None:
+        """Read the newest checkpoint that is whole, or None when there is none at all.
+
+        A checkpoint that differs from its manifest is set aside (renamed `<step>.damaged`) with an error in the log,
+        and the one before it is read.
+
+        Args:
+            abstract_state: Pytree of arrays or `jax.ShapeDtypeStruct`s: the structure, shapes, dtypes and shardings
+                to restore into. Shardings may differ from those at saving.
+
+        Raises:
+            CheckpointError: No checkpoint is whole, or the newest whole one does not fit `abstract_state`.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        step = _agree(self._newest_whole() if jax.process_index() == 0 else None)
+        if step is None:
+            if self.damaged():
+                raise CheckpointError(
+                    f"no checkpoint in {self.folder} is whole; set aside: {', '.join(p.name for p in self.damaged())}. "
+                    f"Remove them to start from the beginning, or choose another --workdir."
+                )
+            return None
+        path = self.folder / str(step)
+        meta = json.loads((path / "meta.json").read_text())
+        _check_fits(path, meta["arrays"], {name: _signature(leaf) for name, leaf in _named(abstract_state).items()})
+        abstract_arrays = _named(jax.tree.map(_abstract, abstract_state))
+        arrays = ocp.load(path / "state", abstract_arrays)
+        leaves = [arrays[name] for name in abstract_arrays]
+        state = jax.tree.map(
+            _with_key_type, abstract_state, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        )
+        return Checkpoint(step, state, json.loads((path / "data.json").read_text()), meta)
+
+    def latest_meta(self) -> dict[str, Any] | None:
+        """`meta.json` of the newest checkpoint whose `meta.json` can be read, without reading its arrays."""
+        for step in reversed(self.steps()):
+            try:
+                return json.loads((self.folder / str(step) / "meta.json").read_text())
+            except (OSError, ValueError) as error:
+                logging.warning("cannot read meta.json of checkpoint %d: %s", step, error)
+        return None
+
+    def _newest_whole(self) -> int | None:
+        for step in reversed(self.steps()):
+            path = self.folder / str(step)
+            problem = find_damage(path)
+            if problem is None:
+                return step
+            aside = _unused(path.with_name(f"{step}.damaged"))
+            path.rename(aside)
+            logging.error("CHECKPOINT %s IS DAMAGED (%s); set aside as %s", path, problem, aside.name)
+        return None
+
+    def _finish(self, step: int, staging: Path, response: Any) -> None:
+        """In the background: wait for the arrays, write the manifest, commit, delete what is too old."""
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                _write_json(staging / MANIFEST, {"files": _digests(staging)})
+                _sync_tree(staging)
+                staging.rename(self.folder / str(step))
+                _sync(self.folder)
+                for old in self.steps()[: -self.keep]:
+                    # Renamed first: a kill half-way through the deletion must not leave half a checkpoint.
+                    doomed = self.folder / f".deleting-{old}"
+                    (self.folder / str(old)).rename(doomed)
+                    shutil.rmtree(doomed)
+        except Exception as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            self._error = self._save_error(step, error)
+            self._error.__cause__ = error
+
+    def _save_error(self, step: int, error: Exception) -> CheckpointError:
+        steps = self.steps()
+        intact = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        return CheckpointError(
+            f"checkpoint {step} could not be written to {self.folder}: {error}\n{intact}. "
+            f"Make room, or make the folder writable, and start the same command again."
+        )
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder by its manifest, in words; None if every byte is as it was written."""
+    try:
+        expected = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    if missing := sorted(expected.keys() - present):
+        return f"missing {', '.join(missing)}"
+    if unexpected := sorted(present - expected.keys()):
+        return f"unexpected {', '.join(unexpected)}"
+    for name, entry in expected.items():
+        size = (path / name).stat().st_size
+        if size != entry["size"]:
+            return f"{name} has {size} bytes instead of {entry['size']}"
+        if _sha256(path / name) != entry["sha256"]:
+            return f"the content of {name} has changed"
+    return None
+
+
+def _check_fits(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    problems = [f"{name}: only in the checkpoint" for name in saved.keys() - wanted.keys()]
+    problems += [f"{name}: not in the checkpoint" for name in wanted.keys() - saved.keys()]
+    problems += [
+        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} in this run"
+        for name in saved.keys() & wanted.keys()
+        if saved[name] != wanted[name]
+    ]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"{path} was saved by a different model or optimizer:\n  {shown}{more}\n"
+            f"Use the config it was saved with, or another --workdir."
+        )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, such as `lora/blocks/a`: independent of the classes that the tree is made of."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise CheckpointError("two leaves of the state have the same path; rename one of the keys that contain '/'")
+    return named
+
+
+def _signature(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _without_key_type(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _with_key_type(abstract: Any, leaf: Any) -> Any:
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(abstract)) if _is_key(abstract) else leaf
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    shape, dtype, sharding = leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)
+    if _is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+        shape, dtype = data.shape, data.dtype
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+
+
+def _sync_tree(folder: Path) -> None:
+    """Force a folder and all it holds to the disk, so that the rename that follows never outlives the content."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _agree(step: int | None) -> int | None:
+    """The first process' step, on every process."""
+    if jax.process_count() == 1:
+        return step
+    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if agreed < 0 else agreed

@@ -1,0 +1,141 @@
+"""What a run measures: `metrics.jsonl` for programs, TensorBoard events for people, JSON lines for records."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from firm_jax.errors import WorkdirError
+
+# What the one line an epoch on the terminal shows, in this order, of the metrics that the run has.
+HEADLINES = (
+    "reward/mean",
+    "eval/oracle_fraction",
+    "eval/oracle_accuracy",
+    "eval/loss",
+    "eval/psnr",
+    "loss/total",
+    "loss/policy",
+    "grad/norm",
+    "critic/failure_rate",
+    "throughput/images_per_s",
+)
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, which a resumed run cuts back to what its checkpoint covers."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot append to {self.path}: {error}. Make it writable, or change --workdir."
+            ) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record and hand it to the operating system. NaN and infinity are not JSON: ValueError."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot write to {self.path}: {error}. Free some space and start the same command again: "
+                f"the run continues from its last checkpoint."
+            ) from error
+
+    def sync(self) -> int:
+        """Force everything to the disk and return the length in bytes: what a checkpoint written now covers."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def rewind(self, length: int) -> None:
+        """Drop what lies beyond `length` bytes: records of a stretch that the resumed run does again."""
+        self._file.truncate(min(length, self.path.stat().st_size))
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricWriter:
+    """Writes one run's metrics; on every process but the first it does nothing.
+
+    A line of `metrics.jsonl` holds `step` (optimizer updates so far), `epoch` (epochs so far), `time` (seconds since
+    1970) and the metrics. A metric that is not known is null. One that is NaN or infinite is null too, and its name
+    stands in the line's list `non_finite`, so that the file stays JSON and nothing is hidden.
+    """
+
+    def __init__(self, workdir: Path, enabled: bool = True):
+        self.enabled = enabled
+        self._events_folder = Path(workdir) / "tensorboard"
+        self._events = None
+        self._purge_step = None
+        self._lines = JsonLines(Path(workdir) / "metrics.jsonl") if enabled else None
+
+    def write(self, step: int, epoch: int, metrics: dict[str, Any]) -> dict[str, float | int | str | None]:
+        """Write one line. Values are numbers, scalar arrays, strings or None. Returns them as plain Python."""
+        values = {name: _plain(value) for name, value in jax.device_get(metrics).items()}
+        non_finite = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        values |= dict.fromkeys(non_finite)
+        if not self.enabled:
+            return values
+        line = {"step": int(step), "epoch": int(epoch), "time": round(time.time(), 3), **values}
+        self._lines.append(line | ({"non_finite": non_finite} if non_finite else {}))
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._open_events().add_scalar(name, value, step)
+        return values
+
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Show a picture, uint8 [H, W, 3], in TensorBoard."""
+        if self.enabled:
+            self._open_events().add_image(tag, image, step, dataformats="HWC")
+
+    def sync(self) -> int:
+        """Make everything durable; returns the length of `metrics.jsonl` in bytes."""
+        if self._events is not None:
+            self._events.flush()
+        return self._lines.sync() if self.enabled else 0
+
+    def rewind(self, length: int, step: int) -> None:
+        """Continue from a checkpoint that covers `length` bytes of `metrics.jsonl` and `step` updates."""
+        if self.enabled:
+            self._lines.rewind(length)
+            self._purge_step = step + 1
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _open_events(self):
+        if self._events is None:
+            # Imported here: it costs most of a second, which no failing start should pay.
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self._events_folder), purge_step=self._purge_step, flush_secs=10)
+        return self._events
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The metrics that matter most, on one line: `reward/mean 0.512  loss/total 0.0312`."""
+    shown = [(name, metrics.get(name)) for name in HEADLINES]
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown if isinstance(value, int | float))
+
+
+def _plain(value: Any) -> float | int | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    value = np.asarray(value)
+    if value.size != 1:
+        raise ValueError(f"a metric is one number, not an array of shape {value.shape}")
+    return value.astype(float).item() if value.dtype.kind not in "iub" else int(value.item())

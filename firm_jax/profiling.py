@@ -1,0 +1,103 @@
+"""Seeing where the time goes: XProf traces of chosen iterations, phase timers, and the share of the peak in use."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+# Dense bf16 FLOP/s of one device as `jax.devices()[0].device_kind` names it, from the vendors' data sheets.
+# A TPU v2 or v3 device is one core of two; from v4 on it is a chip.
+_PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+def peak_flops(device_kind: str | None = None) -> float | None:
+    """Dense bf16 FLOP/s of one device, or None where it is not known (a CPU, a device newer than the table)."""
+    return _PEAK_FLOPS.get(device_kind or jax.devices()[0].device_kind)
+
+
+def model_flops_utilisation(flops: float, seconds: float, devices: int | None = None) -> float | None:
+    """The share of the peak that `flops` useful operations in `seconds` on all devices come to; None if unknown."""
+    peak = peak_flops()
+    if peak is None or seconds <= 0:
+        return None
+    return flops / seconds / (peak * (devices or jax.device_count()))
+
+
+class PhaseTimers:
+    """Seconds spent in named phases since the last report; each phase also stands, by its name, in a profile."""
+
+    def __init__(self):
+        self._seconds = defaultdict(float)
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Time a block. What it computes must be waited for inside it, or the time lands in the next phase."""
+        start = time.perf_counter()
+        try:
+            with jax.profiler.TraceAnnotation(phase):
+                yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def report(self) -> dict[str, float]:
+        """`time/<phase>` for every phase, and `time/wall` in all, in seconds since the last report; then start over."""
+        now = time.perf_counter()
+        times = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        times["time/wall"] = now - self._since
+        self._seconds.clear()
+        self._since = now
+        return times
+
+
+class ProfileWindow:
+    """Records iterations [start, start + steps) into `folder`; with steps = 0, nothing.
+
+    Open the result with `xprof --logdir <workdir>/profile`, or with TensorBoard's profile plugin.
+    """
+
+    def __init__(self, start: int, steps: int, folder: Path):
+        self._first, self._end, self._folder = start, start + steps, Path(folder)
+        self._recording = False
+
+    @contextlib.contextmanager
+    def iteration(self, number: int) -> Iterator[None]:
+        """One iteration of a trainer's loop: it is the step that the profile's step views count."""
+        if not self._recording and self._first <= number < self._end:
+            jax.profiler.start_trace(self._folder)
+            self._recording = True
+        with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
+            yield
+        if self._recording and number + 1 >= self._end:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, if anything is being recorded."""
+        if self._recording:
+            self._recording = False
+            jax.profiler.stop_trace()

@@ -1,0 +1,252 @@
+"""Pictures of a run for people: grids with text, and `report.html`."""
+
+import base64
+import itertools
+import json
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image, ImageDraw, ImageFont
+
+from firm_jax.charts import COLOURS, line_chart
+
+_SMALLEST_TILE = 192
+_FONT_SIZE = 13
+
+
+def image_grid(images: Any, captions: Sequence[str], columns: int, path: str | Path | None = None) -> np.ndarray:
+    """Lay pictures out in rows with wrapped text under each; small ones are enlarged so that the text is readable.
+
+    Args:
+        images: [N, H, W, 3], float in [0, 1] or uint8.
+        captions: N texts; their line breaks are kept.
+        columns: Pictures a row.
+        path: Where to write a PNG, if anywhere.
+
+    Returns:
+        The grid, uint8 [height, width, 3].
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        images = (np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1) * 255 + 0.5).astype(np.uint8)
+    if images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(captions) or len(images) == 0:
+        raise ValueError(f"a grid needs images [N, H, W, 3] and N captions: {images.shape} and {len(captions)}")
+    height, width = images.shape[1:3]
+    scale = max(1, -(-_SMALLEST_TILE // width))
+    height, width = height * scale, width * scale
+    font = ImageFont.load_default(_FONT_SIZE)
+    characters = max(8, int(width / font.getlength("abcdefghij") * 10))
+    texts = [
+        "\n".join(line for part in caption.splitlines() for line in textwrap.wrap(part, characters) or [""])
+        for caption in captions
+    ]
+    columns = min(columns, len(images))
+    margin, line_height = 8, int(_FONT_SIZE * 1.35)
+    rows = [list(range(start, min(start + columns, len(images)))) for start in range(0, len(images), columns)]
+    text_heights = [max(texts[i].count("\n") + 1 for i in row) * line_height for row in rows]
+    total_height = margin + sum(height + 4 + text_height + margin for text_height in text_heights)
+    canvas = Image.new("RGB", (margin + columns * (width + margin), total_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = margin
+    for row, text_height in zip(rows, text_heights, strict=True):
+        for column, index in enumerate(row):
+            left = margin + column * (width + margin)
+            tile = Image.fromarray(images[index]).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left, top))
+            draw.multiline_text((left, top + height + 4), texts[index], fill=(30, 30, 30), font=font, spacing=3)
+        top += height + 4 + text_height + margin
+    if path is not None:
+        canvas.save(path)
+    return np.asarray(canvas)
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Write `report.html` from what a run's folder holds; the file can be moved and sent by itself.
+
+    Sections whose data the run does not have are left out, so that one report serves every kind of job.
+    """
+    workdir = Path(workdir)
+    rows = _read_lines(workdir / "metrics.jsonl")
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            name=workdir.resolve().name,
+            config=_read_json(workdir / "config.json"),
+            flat_config=_flat(_read_json(workdir / "config.json")),
+            versions=_versions(workdir),
+            last=rows[-1] if rows else {},
+            seconds=rows[-1]["time"] - rows[0]["time"] + (rows[0].get("time/wall") or 0) if rows else 0,
+            headlines=_headlines(rows),
+            pictures=_pictures(workdir),
+            charts=_charts(rows),
+            health=_health(workdir, rows),
+            judgements=_tail(workdir / "judgements.jsonl")[-6:],
+        )
+    )
+    path = workdir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# Charts that hold more than one metric; every other metric gets its own. `*` is what is not drawn elsewhere.
+_SHARED_CHARTS = {
+    "reward by criterion": re.compile(r"reward/(?!mean$|std$|zero_std_ratio$|.*_se$).*"),
+    "seconds an epoch": re.compile(r"time/.*"),
+}
+_CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "time")
+_HEADLINES = ("eval/oracle_fraction", "eval/oracle_accuracy", "reward/mean")
+_NOT_DRAWN = ("step", "epoch", "time", "non_finite")
+
+
+def _headlines(rows: list[dict]) -> list[dict]:
+    """First and last value of what the run was for, with standard errors where the run measured them."""
+    others = sorted({n for row in rows for n in row if n.startswith("eval/") and not n.endswith("_se")} - {*_HEADLINES})
+    table = []
+    for name in (*_HEADLINES, *others):
+        known = [row for row in rows if _is_number(row.get(name))]
+        if known:
+            first, last = known[0], known[-1]
+            table.append(
+                {
+                    "name": name,
+                    "before": first[name],
+                    "after": last[name],
+                    "before_error": first.get(f"{name}_se"),
+                    "after_error": last.get(f"{name}_se"),
+                    "before_epoch": first["epoch"],
+                    "after_epoch": last["epoch"],
+                }
+            )
+    return table
+
+
+def _charts(rows: list[dict]) -> list[dict]:
+    names = sorted({name for row in rows for name in row if name not in _NOT_DRAWN and not name.endswith("_se")})
+    series = {name: [(row["epoch"], row[name]) for row in rows if _is_number(row.get(name))] for name in names}
+    errors = {
+        name: [(row["epoch"], row[f"{name}_se"]) for row in rows if _is_number(row.get(f"{name}_se"))] for name in names
+    }
+    series = {name: points for name, points in series.items() if points}
+    groups = {}
+    for name in series:
+        shared = next((title for title, pattern in _SHARED_CHARTS.items() if pattern.fullmatch(name)), name)
+        groups.setdefault(shared, []).append(name)
+    charts = []
+    for title, members in sorted(groups.items(), key=lambda item: _chart_rank(item[1][0])):
+        svg = line_chart({n: series[n] for n in members}, {n: errors[n] for n in members if errors[n]})
+        legend = list(zip(members, itertools.cycle(COLOURS), strict=False)) if len(members) > 1 else []
+        charts.append({"title": title, "svg": Markup(svg), "legend": legend, "last": series[members[0]][-1][1]})
+    return charts
+
+
+def _chart_rank(name: str) -> tuple[int, bool, str]:
+    group = name.partition("/")[0]
+    return (
+        _CHART_ORDER.index(group) if group in _CHART_ORDER else len(_CHART_ORDER),
+        name not in _HEADLINES,
+        name,
+    )
+
+
+def _health(workdir: Path, rows: list[dict]) -> list[dict]:
+    """What a careful person looks at before believing the numbers: each a finding, good or not."""
+    findings = []
+
+    def look(name: str, bad: Callable[[float], bool], text: str) -> None:
+        values = [row[name] for row in rows if _is_number(row.get(name))]
+        if values:
+            worst = max(values)
+            mean = sum(values) / len(values)
+            findings.append({"good": not bad(worst), "text": text.format(mean=mean, worst=worst)})
+
+    look(
+        "critic/failure_rate",
+        lambda x: x > 0.05,
+        "judgements missing: {mean:.2%} on average, {worst:.2%} at worst",
+    )
+    look(
+        "reward/zero_std_ratio",
+        lambda x: x > 0.5,
+        "groups of equal rewards, nothing to learn from: {mean:.1%} on average",
+    )
+    look("update/skipped", lambda x: x > 0, "updates skipped for numbers that were not finite: {worst:.0f}")
+    lost = sorted({name for row in rows for name in row.get("non_finite", [])})
+    findings.append(
+        {"good": not lost, "text": f"metrics that were not finite at some time: {', '.join(lost) or 'none'}"}
+    )
+    damaged = sorted(path.name for path in (workdir / "checkpoints").glob("*.damaged*"))
+    if damaged:
+        findings.append({"good": False, "text": f"checkpoints found damaged and set aside: {', '.join(damaged)}"})
+    return findings
+
+
+def _pictures(workdir: Path) -> list[dict]:
+    """By tag, the first and the last grid inlined, and links to those between."""
+    tags = {}
+    for path in sorted((workdir / "images").glob("*_*.png")):
+        tag, _, epoch = path.stem.rpartition("_")
+        if epoch.isdigit():
+            tags.setdefault(tag, []).append((int(epoch), path))
+    return [
+        {
+            "tag": tag,
+            "shown": [
+                {"epoch": epoch, "source": _inlined(path)} for epoch, path in dict.fromkeys([grids[0], grids[-1]])
+            ],
+            "between": [{"epoch": epoch, "link": f"images/{path.name}"} for epoch, path in grids[1:-1]],
+        }
+        for tag, grids in tags.items()
+    ]
+
+
+def _inlined(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _versions(workdir: Path) -> dict[str, Any]:
+    metas = sorted((workdir / "checkpoints").glob("*/meta.json"), key=lambda path: path.stat().st_mtime)
+    return _read_json(metas[-1]).get("versions", {}) if metas else {}
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("firm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = lambda value: f"{value:.4g}" if _is_number(value) else "–"
+    return environment
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict) or not tree:
+        return [(prefix, tree)]
+    return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}".lstrip("."))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _tail(path: Path, length: int = 1 << 16) -> list[dict[str, Any]]:
+    """The last records of a JSON lines file that may be large."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - length)
+        file.seek(start)
+        lines = file.read().decode(errors="ignore").splitlines()
+    return [json.loads(line) for line in lines[1 if start else 0 :]]

@@ -1,0 +1,340 @@
+"""The harness that every trainer runs in: its folder, its checkpoints, its metrics, its signals.
+
+A trainer is its step and its data; the rest is here:
+
+    with Run(config, workdir) as run:
+        state, done, data = init(...), 0, sampler.state()
+        if restored := run.restore(state):
+            state, done, data = restored.state, restored.epoch, restored.data
+        for epoch in run.loop(done, config.train.epochs):
+            with run.timer("update"):
+                state, metrics = update(state, next(batches))
+            run.log(step, epoch + 1, metrics)
+            run.safe_point(state, data, step=step, epoch=epoch + 1)
+"""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from firm_jax.checkpoint import Checkpointer
+from firm_jax.errors import CheckpointError
+from firm_jax.metrics import JsonLines, MetricWriter, headline
+from firm_jax.profiling import PhaseTimers, ProfileWindow
+from firm_jax.report import image_grid, write_report
+from firm_jax.workdir import WorkdirLock, check_same_config, plain_config, prepare_workdir
+
+# EX_TEMPFAIL: stopped on request with everything saved; the same command continues the run.
+STOPPED_EXIT_CODE = 75
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT was seen and the run is saved. `main.py` ends with STOPPED_EXIT_CODE."""
+
+
+class Restored:
+    """What a run continues from.
+
+    Attributes:
+        state: The pytree that was saved.
+        data: The JSON object that the data pipeline gave at saving.
+        step: Optimizer updates done.
+        epoch: Epochs done; the next one has this number, counted from 0.
+    """
+
+    def __init__(self, state: Any, data: Any, step: int, epoch: int):
+        self.state, self.data, self.step, self.epoch = state, data, step, epoch
+
+
+class Run:
+    """One run in one folder, as a context manager.
+
+    Reads of the config: `train.epochs`, `checkpoint.every` (epochs), `checkpoint.keep`, `profile.{start,steps}`.
+
+    Args:
+        config: The resolved `ml_collections.ConfigDict`; kept in `config.json`.
+        workdir: The run's folder. If it holds a checkpoint, `restore` continues it.
+        base_weights: What identifies the frozen weights under the trained ones (ids, hashes); a checkpoint made over
+            others is refused.
+
+    Raises (on entering):
+        WorkdirError: The folder cannot be written, or another run holds it.
+        ConfigError: The config contradicts the checkpoint in the folder.
+    """
+
+    def __init__(self, config: Any, workdir: str | Path, base_weights: dict[str, Any] | None = None):
+        self.config = config
+        self.is_main = jax.process_index() == 0
+        self.workdir = prepare_workdir(workdir)
+        self.base_weights = base_weights or {}
+        self.images_folder = self.workdir / "images"
+        self._plain_config = plain_config(config)
+        self._signals_seen = 0
+        self._timers = PhaseTimers()
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as stack:
+            if self.is_main:
+                lock = WorkdirLock(self.workdir)
+                lock.acquire()
+                stack.callback(lock.release)
+            self._checkpointer = Checkpointer(self.workdir / "checkpoints", self.config.checkpoint.keep)
+            if saved := self._checkpointer.latest_meta():
+                check_same_config(saved["config"], self._plain_config, self.workdir)
+            self._metrics = MetricWriter(self.workdir, enabled=self.is_main)
+            stack.callback(self._metrics.close)
+            self._judgements = None
+            if self.is_main:
+                self._judgements = JsonLines(self.workdir / "judgements.jsonl")
+                stack.callback(self._judgements.close)
+                self.images_folder.mkdir(exist_ok=True)
+                self._write_config()
+            profile = self.config.profile
+            self._profile = ProfileWindow(profile.start, profile.steps, self.workdir / "profile")
+            stack.callback(self._profile.close)
+            stack.enter_context(self._signals())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        with self._stack:
+            try:
+                self._checkpointer.wait()
+            except CheckpointError as save_error:
+                if kind is None:
+                    raise
+                logging.error("%s", save_error)
+            if self.is_main:
+                write_report(self.workdir)
+
+    # Checkpoints
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """Continue from the newest whole checkpoint; None when the run starts from the beginning.
+
+        The run's files are cut back to what the checkpoint covers, so that they end as if nothing had happened.
+
+        Args:
+            abstract_state: Pytree of arrays or `jax.ShapeDtypeStruct`s with the shardings to restore into.
+
+        Raises:
+            CheckpointError: Nothing whole is left, or it does not fit this run.
+        """
+        checkpoint = self._checkpointer.restore(abstract_state)
+        if checkpoint is None:
+            self._rewind({}, step=-1)
+            return None
+        meta = checkpoint.meta
+        check_same_config(meta["config"], self._plain_config, self.workdir)
+        if meta["base_weights"] != self.base_weights:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.step} was trained over the base weights {meta['base_weights']}, this run has "
+                f"{self.base_weights}. Use those weights, or another --workdir."
+            )
+        if changed := [f"{k} {v} -> {_versions()[k]}" for k, v in meta["versions"].items() if v != _versions()[k]]:
+            logging.warning("continuing on another system, bits may differ: %s", ", ".join(changed))
+        self._rewind(meta["lengths"], checkpoint.step)
+        self._say(f"continuing from checkpoint {checkpoint.step} ({meta['epoch']} epochs done)")
+        return Restored(checkpoint.state, checkpoint.data, meta["step"], meta["epoch"])
+
+    def save(self, state: Any, data: Any = None, *, step: int, epoch: int) -> None:
+        """Save in the background; the arrays of `state` may be donated as soon as this returns.
+
+        Args:
+            state: Pytree of jax arrays: everything that the rest of the run depends on.
+            data: JSON: where the data pipeline stands.
+            step: Optimizer updates done; grows from save to save.
+            epoch: Epochs done.
+
+        Raises:
+            CheckpointError: This save cannot start or the previous one failed; earlier checkpoints are intact.
+        """
+        if step in self._checkpointer.steps():
+            return
+        meta = {
+            "step": int(step),
+            "epoch": int(epoch),
+            "config": self._plain_config,
+            "base_weights": self.base_weights,
+            "versions": _versions(),
+            "lengths": self._lengths(),
+        }
+        self._checkpointer.save(int(step), state, data, meta)
+
+    def safe_point(self, state: Any, data: Any = None, *, step: int, epoch: int, epoch_ends: bool = True) -> None:
+        """To be called where `state` and `data` are consistent: saves when it is time, stops when asked to.
+
+        Time is every `checkpoint.every` epochs and after the last one.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT was seen; the state is saved.
+            CheckpointError: As for `save`.
+        """
+        every, last = self.config.checkpoint.every, self.config.train.epochs
+        due = epoch_ends and (epoch == last or (every > 0 and epoch % every == 0))
+        stop = self.should_stop()
+        if due or stop:
+            with self.timer("checkpoint"):
+                self.save(state, data, step=step, epoch=epoch)
+        if stop:
+            self._checkpointer.wait()
+            raise Stopped(
+                f"stopped on request after {epoch} epochs, saved in {self.workdir}; the same command continues"
+            )
+
+    def should_stop(self) -> bool:
+        """Whether SIGTERM or SIGINT has been seen, by any process: all get the same answer, and all have to ask."""
+        if jax.process_count() == 1:
+            return self._signals_seen > 0
+        return bool(multihost_utils.process_allgather(np.int32(self._signals_seen)).any())
+
+    # Observability
+
+    def loop(self, first: int, last: int) -> Iterator[int]:
+        """Numbers first ... last - 1: the iterations that `profile.start` and `profile.steps` count."""
+        for number in range(first, last):
+            with self._profile.iteration(number):
+                yield number
+
+    def timer(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """Time a phase of an iteration: `time/<phase>` in the next `log`, and a name in the profile."""
+        return self._timers.measure(phase)
+
+    def log(self, step: int, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics (numbers, scalar arrays or None) with the phase times since the last call; print one line.
+
+        Args:
+            step: Optimizer updates done.
+            epoch: Epochs done.
+
+        Returns:
+            The metrics as plain Python numbers, None for what is unknown or not finite.
+        """
+        times = self._timers.report()
+        values = self._metrics.write(step, epoch, metrics | times)
+        self._say(f"epoch {epoch}  step {step}  {headline(values)}  {times['time/wall']:.1f} s")
+        return values
+
+    def progress(self, iterable: Iterable | None = None, description: str = "", total: int | None = None) -> tqdm:
+        """A bar over a long phase. Where there is no terminal, a line every few seconds instead."""
+        terminal = sys.stderr.isatty()
+        return tqdm(
+            iterable,
+            desc=description,
+            total=total,
+            disable=not self.is_main,
+            leave=not terminal,
+            mininterval=0.1 if terminal else 5.0,
+            delay=0 if terminal else 5.0,
+            file=sys.stderr if terminal else _Lines(),
+            dynamic_ncols=terminal,
+        )
+
+    def images(
+        self, tag: str, images: Any, captions: Sequence[str], *, step: int, epoch: int, columns: int = 4
+    ) -> Path:
+        """Keep a grid of pictures with text under each: `images/<tag>_<epoch>.png`, and in TensorBoard.
+
+        Args:
+            images: float [N, H, W, 3] in [0, 1] or uint8, on every process the same.
+            captions: N texts, such as the prompt and its score.
+
+        Returns:
+            The file's path.
+        """
+        path = self.images_folder / f"{tag.replace('/', '-')}_{epoch:05d}.png"
+        if self.is_main:
+            self._metrics.image(tag, image_grid(images, captions, columns, path), step)
+        return path
+
+    def judgements(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append records, one a judged image, to `judgements.jsonl`."""
+        if self.is_main:
+            for record in records:
+                self._judgements.append(record)
+
+    # Inside
+
+    def _say(self, line: str) -> None:
+        if self.is_main:
+            tqdm.write(line, file=sys.stderr)
+
+    def _lengths(self) -> dict[str, int]:
+        """How far the run's files are written, durably: a checkpoint never counts on a line that a crash can take."""
+        if not self.is_main:
+            return {}
+        return {"metrics": self._metrics.sync(), "judgements": self._judgements.sync()}
+
+    def _rewind(self, lengths: dict[str, int], step: int) -> None:
+        self._metrics.rewind(lengths.get("metrics", 0), step)
+        if self.is_main:
+            self._judgements.rewind(lengths.get("judgements", 0))
+
+    def _write_config(self) -> None:
+        (self.workdir / "config.json").write_text(json.dumps(self._plain_config, indent=2))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT: the first asks for a save at the next safe point, the second ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: Any) -> None:
+            self._signals_seen += 1
+            if self._signals_seen > 1:
+                os._exit(128 + number)
+            os.write(2, b"\nsaving at the next safe point, then stopping; once more to stop at once\n")
+
+        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Lines:
+    """Where a bar goes when there is no terminal: each refresh becomes a line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _versions() -> dict[str, Any]:
+    """What bit-for-bit equality depends on beside the config."""
+    packages = ("firm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    return {
+        **{name: _version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

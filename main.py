@@ -1,0 +1,57 @@
+"""Runs a job: `python main.py --config configs/gen_qma.py:tiny --workdir runs/tiny [--config.key=value ...]`.
+
+The same command started again in the same workdir continues the run. Exit codes: 0 done; 2 something to put right,
+said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue. A second signal
+ends the process at once (143 or 130) and loses what was done since the last checkpoint.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from firm_jax.config import parse_flags
+from firm_jax.errors import ConfigError, FirmError
+from firm_jax.run import STOPPED_EXIT_CODE, Stopped
+
+JOBS = {
+    "rl": "firm_jax.rl.train:train",
+    "critic_sft": "firm_jax.critic.sft:train",
+    "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
+    "autoencoder": "firm_jax.generation.pretrain:train_autoencoder",
+}
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, path/to/file.py[:variant].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: everything that the run leaves goes there.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected arguments {argv[1:]}; values are set as --config.key=value")
+    config = _CONFIG.value
+    if config.job not in JOBS:
+        raise ConfigError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
+    # Several processes only when asked for: a single process that waits for others would be a riddle.
+    if config.get("distributed", False) or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR chooses another folder
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "firm_jax" / "compiled"))
+    module, function = JOBS[config.job].split(":")
+    getattr(importlib.import_module(module), function)(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED_EXIT_CODE)
+    except FirmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
