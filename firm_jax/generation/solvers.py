@@ -48,9 +48,9 @@ def integrate(
     """
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}; use one of {', '.join(SOLVERS)}.")
+    x, sigmas = jnp.asarray(noise, jnp.float32), jnp.asarray(sigmas, jnp.float32)
     if sigmas.ndim != 1 or sigmas.shape[0] < 2:
         raise ConfigError(f"sigmas must have shape [steps + 1] with at least one step, not {list(sigmas.shape)}.")
-    x, sigmas = noise.astype(jnp.float32), sigmas.astype(jnp.float32)
     if solver == "dpm2":
         return _integrate_dpm2(velocity_fn, x, sigmas)
     if solver == "euler":
