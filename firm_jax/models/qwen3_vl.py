@@ -1,0 +1,350 @@
+"""Qwen3-VL: a vision tower whose features enter a Qwen3 language model, at its input and after its first layers.
+
+It runs as three programs, so that a new image size compiles only the small first one: `encode_images`, `splice`,
+and the language model itself (`__call__`, `logits`). Positions on three axes come from outside, computed from the
+grids before sequences are padded or packed.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from firm_jax.errors import ConfigError
+from firm_jax.interop.mapping import Rule
+from firm_jax.mesh import BATCH_AXES
+from firm_jax.models.attention import attention
+from firm_jax.models.config import check_fields, require
+from firm_jax.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    project,
+    rotate,
+    scan_layers,
+    split_heads,
+    stack,
+    take_rows,
+    zeros_beside,
+)
+from firm_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig
+
+
+@dataclass(frozen=True)
+class Qwen3VLTextConfig:
+    """`text_config` of a Qwen3-VL config.json, under its own names; the rotary fields are lifted out of their dict."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+
+    @classmethod
+    def from_hf(cls, raw: dict) -> "Qwen3VLTextConfig":
+        """Raises ConfigError for a field that is unknown, missing, or of a value that is not supported.
+
+        The rotary fields are read from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (4).
+        """
+        what = "Qwen3-VL text_config"
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "mrope_section")]
+        check_fields(
+            raw,
+            what,
+            used=(*fields, "rope_parameters", "rope_scaling", "rope_theta"),
+            fixed={"hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0, 0.0)},
+            ignored=("initializer_range", "tie_word_embeddings"),  # only the outer config decides about tying
+        )
+        rope = {"rope_theta": raw.get("rope_theta")}
+        rope |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        check_fields(
+            rope,
+            f"{what}, rotary fields",
+            used=("rope_theta", "mrope_section"),
+            fixed={"rope_type": ("default",), "type": ("default",), "mrope_interleaved": (True,)},
+        )
+        values = {field: require(raw, field, what) for field in fields}
+        section = tuple(require(rope, "mrope_section", what))
+        config = cls(**values, rope_theta=float(require(rope, "rope_theta", what)), mrope_section=section)
+        config._check(what)
+        return config
+
+    def _check(self, what: str) -> None:
+        if len(self.mrope_section) != 3 or tuple(np.bincount(self.rotary_axes, minlength=3)) != self.mrope_section:
+            raise ConfigError(
+                f"{what}: mrope_section={list(self.mrope_section)} does not share out the {self.head_dim // 2} "
+                f"frequencies of head_dim={self.head_dim} in the order T H W T H W ..."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{what}: num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+
+    def to_hf(self) -> dict:
+        raw = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        raw["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": raw.pop("rope_theta"),
+            "mrope_section": list(raw.pop("mrope_section")),
+            "mrope_interleaved": True,
+        }
+        return {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False, **raw}
+
+    @property
+    def rotary_axes(self) -> np.ndarray:
+        """Which axis (0 time, 1 row, 2 column) turns each of the head_dim / 2 frequencies: T H W T H W ... T T."""
+        index = np.arange(self.head_dim // 2)
+        return np.where(index < 3 * np.asarray(self.mrope_section)[index % 3], index % 3, 0)
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig:
+    """A Qwen3-VL config.json, of any released size."""
+
+    text: Qwen3VLTextConfig
+    vision: Qwen3VLVisionConfig
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+
+    @classmethod
+    def from_hf(cls, raw: dict) -> "Qwen3VLConfig":
+        """Raises ConfigError for a field that is unknown, missing, or of a value that is not supported."""
+        what = "Qwen3-VL"
+        own = [name for name in cls.__dataclass_fields__ if name not in ("text", "vision")]
+        check_fields(raw, what, used=(*own, "text_config", "vision_config"))
+        text = Qwen3VLTextConfig.from_hf(require(raw, "text_config", what))
+        vision = Qwen3VLVisionConfig.from_hf(require(raw, "vision_config", what))
+        if vision.out_hidden_size != text.hidden_size:
+            raise ConfigError(
+                f"{what}: vision_config.out_hidden_size={vision.out_hidden_size} differs from "
+                f"text_config.hidden_size={text.hidden_size}"
+            )
+        if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
+            raise ConfigError(f"{what}: more deepstack_visual_indexes than the {text.num_hidden_layers} text layers")
+        return cls(text, vision, **{name: raw[name] for name in own if raw.get(name) is not None})
+
+    def to_hf(self) -> dict:
+        raw = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("text", "vision")}
+        return {
+            "architectures": [Qwen3VL.hf_class],
+            "model_type": "qwen3_vl",
+            "text_config": self.text.to_hf(),
+            "vision_config": self.vision.to_hf(),
+            **raw,
+        }
+
+
+class TextAttention(nnx.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.key_heads = N, K
+        self.q_proj = Linear(D, N * H, bias=False, rngs=rngs)
+        self.k_proj = Linear(D, K * H, bias=False, rngs=rngs)
+        self.v_proj = Linear(D, K * H, bias=False, rngs=rngs)
+        self.o_proj = Linear(N * H, D, bias=False, rngs=rngs)
+        self.q_norm = RMSNorm(H, epsilon=config.rms_norm_eps)
+        self.k_norm = RMSNorm(H, epsilon=config.rms_norm_eps)
+
+    def __call__(self, x, cos, sin, attend):
+        """`attend` takes q [B, T, N, H], k and v [B, T, K, H] and returns the output and the cache that it keeps."""
+        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.heads, self.key_heads)), cos, sin)
+        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.key_heads)), cos, sin)
+        v = split_heads(self.v_proj(x), self.key_heads)
+        out, cache = attend(q, k, v)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
+
+
+class TextMLP(nnx.Module):
+    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(D, F, bias=False, rngs=rngs)
+        self.up_proj = Linear(D, F, bias=False, rngs=rngs)
+        self.down_proj = Linear(F, D, bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TextBlock(nnx.Module):
+    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+        self.self_attn = TextAttention(config, rngs=rngs)
+        self.mlp = TextMLP(config, rngs=rngs)
+
+    @jax.named_scope("text_block")
+    def __call__(self, x, cos, sin, attend):
+        out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Qwen3Text(nnx.Module):
+    """The language model's parameters."""
+
+    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = stack(lambda rngs: TextBlock(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+
+
+def rotary_tables(positions, config: Qwen3VLTextConfig, dtype):
+    """cos and sin [B, T, H / 2] of positions [3, B, T]: angles in float32, tables in the activations' dtype."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
+    time, row, column = (axis[..., None].astype(jnp.float32) for axis in positions)
+    axes = config.rotary_axes
+    angles = jnp.where(axes == 1, row, jnp.where(axes == 2, column, time)) * frequencies
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+class Qwen3VL(nnx.Module):
+    """Qwen3-VL for conditional generation (Qwen3-VL technical report, arXiv 2511.21631)."""
+
+    config_class = Qwen3VLConfig
+    hf_class = "Qwen3VLForConditionalGeneration"
+    sharding_rules = (
+        *((rf"visual\..*{pattern}", spec) for pattern, spec in Qwen3VLVision.sharding_rules),
+        (r"\.(q|k|v|gate|up)_proj\.kernel", P("fsdp", "tensor")),
+        (r"\.(o|down)_proj\.kernel", P("tensor", "fsdp")),
+        (r"embed_tokens\.embedding", P("tensor", "fsdp")),
+        (r"lm_head\.kernel", P("fsdp", "tensor")),
+    )
+
+    @staticmethod
+    def weight_rules(config: Qwen3VLConfig) -> tuple[Rule, ...]:
+        vision = config.vision
+        patch = f"{vision.in_channels}x{vision.temporal_patch_size}x{vision.patch_size}x{vision.patch_size}"
+        stacked = r"(visual\.blocks|visual\.deepstack_merger_list|language_model\.layers)\.(.+)"
+        return (
+            Rule(r"visual\.patch_embed\.kernel", "model.visual.patch_embed.proj.weight", f"patch:{patch}"),
+            Rule(r"visual\.patch_embed\.bias", "model.visual.patch_embed.proj.bias"),
+            Rule(rf"{stacked}\.(?:kernel|scale)", r"model.\1.{layer}.\2.weight"),
+            Rule(stacked, r"model.\1.{layer}.\2"),
+            Rule(r"((?:visual|language_model)\..+)\.(?:kernel|scale|embedding)", r"model.\1.weight"),
+            Rule(r"((?:visual|language_model)\..+)", r"model.\1"),
+        )
+
+    @staticmethod
+    def tied(config: Qwen3VLConfig) -> dict[str, str]:
+        """Files of a tied model may repeat the embedding under the output head's name."""
+        return {"lm_head.weight": "model.language_model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+    def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.visual = Qwen3VLVision(config.vision, rngs=rngs)
+        self.language_model = Qwen3Text(config.text, rngs=rngs)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False, rngs=rngs)
+
+    def encode_images(self, patches, grids, *, remat: str = "none"):
+        """Images as the language model takes them, each in a row of its own.
+
+        patches [M, P, C*T*ph*pw] in merge-block order, padded to P; grids [M, 2] int32 (rows, columns in patches),
+        rows * columns <= P. Returns features [M, P / merge^2, D] and DeepStack features [K, M, P / merge^2, D]; what
+        stands beyond an image's own rows * columns / merge^2 features is meaningless.
+        """
+        with jax.named_scope("encode_images"):
+            return self.visual(patches, grids, remat=remat)
+
+    def splice(self, ids, features, deepstack, image_index):
+        """Token embeddings with image features put in their places.
+
+        ids [B, T]; image_index [B, T] int32 points into the features flattened to [M * P / merge^2], -1 for text.
+        Returns embeddings [B, T, D] and DeepStack features [K, B, T, D], zero where there is text.
+        """
+        with jax.named_scope("splice"):
+            image = (image_index >= 0)[..., None]
+
+            def place(rows):
+                return take_rows(rows.reshape(-1, rows.shape[-1]), image_index)
+
+            embeddings = self.language_model.embed_tokens(ids)
+            embeddings = jnp.where(image, place(features).astype(embeddings.dtype), embeddings)
+            return embeddings, jnp.stack([jnp.where(image, place(level), 0) for level in deepstack])
+
+    def __call__(
+        self,
+        embeddings,
+        positions,
+        segments,
+        *,
+        deepstack=None,
+        cache=None,
+        cache_index=None,
+        kv_segments=None,
+        remat: str = "none",
+    ):
+        """Hidden states [B, T, D] after the final norm, and the cache.
+
+        embeddings [B, T, D]; positions [3, B, T] (time, row, column); segments [B, T] int32, 0 for padding: a token
+        sees the tokens of its own segment up to itself, by slot. deepstack [K, B, T, D] is added after the first K
+        layers.
+
+        cache {"k", "v": [L, B, S, K, H]} (see `init_cache`): new keys are written at slots cache_index ..
+        cache_index + T, and the tokens see the slots whose kv_segments [B, S] equals their segment. cache_index is
+        one scalar for the batch; the Python int 0 says that the T new keys are all there are to see, which lets the
+        fast attention kernels serve a prefill. `remat`: see `layers.scan_layers`.
+        """
+        cos, sin = rotary_tables(positions, self.config.text, embeddings.dtype)
+        starts = isinstance(cache_index, int) and cache_index == 0
+        B, T = segments.shape
+
+        def attend(q, k, v, cache, layer):
+            if cache is None:
+                return attention(q, k, v, segments=(segments, segments), causal=True), None
+            at = (layer, 0, cache_index, 0, 0)
+            cache = {
+                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
+                for name, new in (("k", k), ("v", v))
+            }
+            if starts:
+                return attention(q, k, v, segments=(segments, kv_segments[:, :T]), causal=True), cache
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+            slots = jnp.broadcast_to(cache_index + jnp.arange(T), (B, T))
+            k, v, pair = k.astype(q.dtype), v.astype(q.dtype), (segments, kv_segments)
+            return attention(q, k, v, segments=pair, causal=True, positions=slots), cache
+
+        def body(block, carry, layer):
+            x, cache = carry
+            x, cache = block(x, cos, sin, lambda q, k, v: attend(q, k, v, cache, layer))
+            if deepstack is not None:
+                # every layer reads one level, so that one block is compiled and the weights stay in one piece
+                level = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)  # past the last: the last
+                x = x + jnp.where(layer < len(deepstack), level, 0).astype(x.dtype)
+            return (x, cache), None
+
+        layers = jnp.arange(self.config.text.num_hidden_layers)
+        with jax.named_scope("language_model"):
+            carry = (embeddings, cache)
+            (x, cache), _ = scan_layers(self.language_model.layers, body, carry, layers, remat=remat)
+            return self.language_model.norm(x), cache
+
+    def logits(self, hidden):
+        """hidden [..., D] -> float32 [..., V]."""
+        if self.lm_head is None:
+            return self.language_model.embed_tokens.attend(hidden, jnp.float32)
+        return project(hidden, self.lm_head.kernel[...], jnp.float32)
+
+    def init_cache(self, batch: int, length: int, dtype) -> dict[str, jax.Array]:
+        """An empty cache of `length` slots for `batch` sequences."""
+        text = self.config.text
+        shape = (text.num_hidden_layers, batch, length, text.num_key_value_heads, text.head_dim)
+        beside = self.language_model.embed_tokens.embedding[...]
+        return {name: zeros_beside(beside, shape, dtype, None, BATCH_AXES, None, "tensor", None) for name in ("k", "v")}
