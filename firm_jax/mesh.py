@@ -44,18 +44,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 def batch_size(mesh: Mesh | None) -> int:
     """Into how many parts a batch is split: the product of the batch axes' sizes."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None or mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def shard_batch(tree, mesh: Mesh | None):
-    """Put arrays [B, ...] on the mesh with B split over `data` and `fsdp`. B must divide by `batch_size(mesh)`."""
-    if mesh is None:
+def shard_batch(tree, mesh: Mesh | None, axis: int = 0):
+    """Put arrays on the mesh with dimension `axis`, the batch, split over `data` and `fsdp`.
+
+    That dimension must divide by `batch_size(mesh)`.
+    """
+    if mesh is None or mesh.empty:
         return jax.tree.map(jax.numpy.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, P(BATCH_AXES)))
+    return jax.device_put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES)))
 
 
 def replicate(tree, mesh: Mesh | None):
     """Put arrays on every device of the mesh, whole."""
-    if mesh is None:
+    if mesh is None or mesh.empty:
         return jax.tree.map(jax.numpy.asarray, tree)
     return jax.device_put(tree, NamedSharding(mesh, P()))

@@ -181,7 +181,7 @@ class GroupNorm(nnx.Module):
     def _group_mean(self, x):
         B, _, _, C = x.shape
         means = x.mean((1, 2)).reshape(B, self.groups, C // self.groups).mean(-1, keepdims=True)
-        return jnp.broadcast_to(means, (B, self.groups, C // self.groups)).reshape(B, 1, 1, C)
+        return jnp.broadcast_to(means, (B, self.groups, C // self.groups)).reshape(B, C)[:, None, None]
 
 
 class Conv(nnx.Module):

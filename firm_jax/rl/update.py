@@ -1,0 +1,96 @@
+"""The NFT update: one jitted program from a batch of judged rollouts to the next LoRA."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from firm_jax.models.layers import take_rows
+from firm_jax.models.lora import scaled, zeros_like
+from firm_jax.rl.nft import ema_decay, mix, nft_loss, noised
+
+
+def make_optimizer(train) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm, at a constant learning rate, as the paper trains."""
+    return optax.chain(
+        optax.clip_by_global_norm(train.max_grad_norm),
+        optax.adamw(train.learning_rate, b1=train.b1, b2=train.b2, eps=train.eps, weight_decay=train.weight_decay),
+    )
+
+
+def init_state(lora, optimizer: optax.GradientTransformation) -> dict:
+    """The trained part of a run: current, old and averaged LoRA, optimizer state, number of updates done."""
+    old, ema = (jax.tree.map(jnp.copy, lora) for _ in range(2))
+    return {"lora": lora, "old": old, "ema": ema, "optimizer": optimizer.init(lora), "step": jnp.int32(0)}
+
+
+def make_update(velocity: Callable, optimizer: optax.GradientTransformation, train, scale: float) -> Callable:
+    """The jitted `update(params, state, conditioning, batch, key) -> (state, metrics)`.
+
+    velocity: `(params, lora, x [b, h, w, C], t [b], conditioning rows) -> v [b, h, w, C]`, the LoRA's strength folded
+    in; `scale` is that strength, alpha / rank. `conditioning` holds one row a prompt. `batch` is one optimizer step,
+    A micro-batches of b samples with T timesteps each:
+
+        x0 [A, b, h, w, C]  final latents      t [A, T, b]   noise shares in (0, 1]    r [A, b]       optimality
+        valid [A, b]        judged or not      prompt [A, b] row of `conditioning`     sample [A, b]  its number
+
+    A sample's noise comes from its number, and the loss is the mean over all valid samples and all timesteps: neither
+    micro-batching nor the number of devices changes the recipe. Where loss or gradient is not finite the state comes
+    back as it was, and `update/skipped` is 1.
+    """
+
+    def timestep_loss(lora, old, params, part, t, noise, rows):
+        x_t = noised(part["x0"], noise, t)
+        v = velocity(params, scaled(lora, scale), x_t, t, rows)
+        v_old = velocity(params, scaled(old, scale), x_t, t, rows)
+        v_ref = velocity(params, zeros_like(lora), x_t, t, rows)
+        return nft_loss(
+            v, v_old, v_ref, x_t, part["x0"], t, part["r"],
+            beta=train.beta, scale=train.adv_clip, kl_weight=train.kl_weight, valid=part["valid"],
+        )  # fmt: skip
+
+    def gradient(params, state, conditioning, batch, key):
+        """The gradient of the mean loss and the mean of its terms, accumulated over micro-batches and timesteps."""
+        timesteps = batch["t"].shape[1]
+        judged = jnp.maximum(batch["valid"].sum(), 1)
+
+        def micro_batch(total, part):
+            rows = jax.tree.map(lambda table: take_rows(table, part["prompt"]), conditioning)
+            share = part["valid"].sum() / judged / timesteps
+
+            def timestep(total, scanned):
+                number, t = scanned
+                noise = sample_noise(jax.random.fold_in(key, number), part["sample"], part["x0"].shape[1:])
+                grads, terms = jax.grad(timestep_loss, has_aux=True)(
+                    state["lora"], state["old"], params, part, t, noise, rows
+                )
+                total = jax.tree.map(lambda sum_, new: sum_ + share * new, total, grads)
+                return total, jax.tree.map(lambda term: share * term, terms)
+
+            return jax.lax.scan(timestep, total, (jnp.arange(timesteps), part["t"]))
+
+        grads, terms = jax.lax.scan(micro_batch, zeros_like(state["lora"]), batch)
+        return grads, jax.tree.map(jnp.sum, terms)
+
+    @jax.jit
+    def update(params, state, conditioning, batch, key):
+        with jax.named_scope("nft_gradient"):
+            grads, metrics = gradient(params, state, conditioning, batch, key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm)
+        with jax.named_scope("adamw"):
+            updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["lora"])
+            lora = optax.apply_updates(state["lora"], updates)
+            step = state["step"] + 1
+            ema = mix(state["ema"], lora, ema_decay(step, train.ema))
+        updated = {"lora": lora, "old": state["old"], "ema": ema, "optimizer": optimizer_state, "step": step}
+        state = jax.tree.map(lambda new, before: jnp.where(finite, new, before), updated, state)
+        return state, metrics | {"grad/norm": norm, "update/skipped": 1 - finite.astype(jnp.float32)}
+
+    return update
+
+
+def sample_noise(key, samples, shape: tuple[int, ...]):
+    """Standard normal [B, *shape], sample i from `fold_in(key, samples[i])`: whoever shares its batch."""
+    return jax.vmap(lambda sample: jax.random.normal(jax.random.fold_in(key, sample), shape))(samples)
