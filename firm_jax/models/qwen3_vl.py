@@ -249,9 +249,9 @@ class Qwen3VL(nnx.Module):
         self.config = config
         self.visual = Qwen3VLVision(config.vision, rngs=rngs)
         self.language_model = Qwen3Text(config.text, rngs=rngs)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False, rngs=rngs)
+        own_head = not config.tie_word_embeddings
+        D, V = config.text.hidden_size, config.text.vocab_size
+        self.lm_head = Linear(D, V, bias=False, rngs=rngs) if own_head else None
 
     def encode_images(self, patches, grids, *, remat: str = "none"):
         """Images as the language model takes them, each in a row of its own.
