@@ -21,7 +21,7 @@ from firm_jax.run import STOPPED_EXIT_CODE, Stopped
 JOBS = {
     "rl": "firm_jax.rl.train:train",
     "critic_sft": "firm_jax.critic.sft:train",
-    "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
+    "flow_matching": "firm_jax.generation.pretrain:train_generator",
     "autoencoder": "firm_jax.generation.pretrain:train_autoencoder",
 }
 
@@ -36,17 +36,41 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config.job not in JOBS:
         raise ConfigError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
-    # Several processes only when asked for: a single process that waits for others would be a riddle.
-    if config.get("distributed", False) or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
-    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR chooses another folder
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "firm_jax" / "compiled"))
+    use_compilation_cache()
+    join_processes(config)
     module, function = JOBS[config.job].split(":")
     getattr(importlib.import_module(module), function)(config, _WORKDIR.value)
 
 
-if __name__ == "__main__":
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "firm_jax" / "compiled"))
+
+
+def join_processes(config) -> None:
+    """Join the run's other processes when `config.distributed` or JAX_COORDINATOR_ADDRESS asks for it.
+
+    On TPU pods, Slurm and Kubernetes JAX finds the rest by itself; elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID tell.
+    Never guessed: one process of a pod that trains alone would look like success.
+    """
+    if not config.get("distributed", False) and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    try:
+        number, index = (
+            int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=number, process_id=index)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot join the other processes: {error}. Set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and "
+            f"JAX_PROCESS_ID for every process, or config.distributed=False for a single one."
+        ) from error
+
+
+def command_line() -> None:
+    """Run `main` and turn how it ends into an exit code; people get a message, bugs a traceback."""
     try:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
@@ -55,3 +79,7 @@ if __name__ == "__main__":
     except FirmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    command_line()

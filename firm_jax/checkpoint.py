@@ -26,6 +26,9 @@ from firm_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
+# Storage that takes longer than this for one save is taken to hang.
+SAVE_TIMEOUT_SECONDS = 1200
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -40,19 +43,18 @@ class Checkpoint:
 class Checkpointer:
     """The checkpoints of one run, in one folder; at most one save is under way at a time.
 
-    With several processes every one makes the same calls; each writes its shards, the first commits.
+    The newest `keep` (at least 1) stay. With several processes every one makes the same calls; each writes its
+    shards, the first commits.
     """
 
     def __init__(self, folder: Path, keep: int):
-        if keep < 1:
-            raise CheckpointError(f"checkpoint.keep is {keep}: at least one checkpoint has to be kept")
         self.folder = Path(folder).absolute()
         self.keep = keep
         self._saving: threading.Thread | None = None
         self._error: BaseException | None = None
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*"):
+            for leftover in [*self.folder.glob(".saving-*"), *self.folder.glob(".deleting-*")]:
                 shutil.rmtree(leftover)
 
     def steps(self) -> list[int]:
@@ -68,6 +70,8 @@ class Checkpointer:
     def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
         """Start writing a checkpoint; returns once the arrays are copied, so that they may be donated.
 
+        A step that is saved already is left as it is.
+
         Args:
             step: Its name; grows from save to save.
             state: Pytree of jax arrays, typed random keys included.
@@ -80,6 +84,8 @@ class Checkpointer:
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
+        if step in self.steps():
+            return
         arrays = _named(jax.tree.map(_without_key_type, state))
         meta = meta | {"arrays": {name: _signature(leaf) for name, leaf in _named(state).items()}}
         staging = self.folder / f".saving-{step}"
@@ -93,13 +99,18 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise self._save_error(step, error) from error
-        self._saving = threading.Thread(target=self._finish, args=(step, staging, response), name=f"checkpoint-{step}")
+        self._saving = threading.Thread(target=self._finish, args=(step, staging, response), daemon=True)
         self._saving.start()
 
     def wait(self) -> None:
         """Wait until the save under way, if any, is on the disk; raises CheckpointError if it failed."""
         if self._saving is not None:
-            self._saving.join()
+            self._saving.join(SAVE_TIMEOUT_SECONDS)
+            if self._saving.is_alive():
+                raise CheckpointError(
+                    f"a checkpoint in {self.folder} is not written after {SAVE_TIMEOUT_SECONDS} s: the storage hangs. "
+                    f"Earlier checkpoints are intact; start the same command again when it answers."
+                )
             self._saving = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -133,7 +144,10 @@ class Checkpointer:
         meta = json.loads((path / "meta.json").read_text())
         _check_fits(path, meta["arrays"], {name: _signature(leaf) for name, leaf in _named(abstract_state).items()})
         abstract_arrays = _named(jax.tree.map(_abstract, abstract_state))
-        arrays = ocp.load(path / "state", abstract_arrays)
+        try:
+            arrays = ocp.load(path / "state", abstract_arrays)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is whole by its manifest but cannot be read: {error}") from error
         leaves = [arrays[name] for name in abstract_arrays]
         state = jax.tree.map(
             _with_key_type, abstract_state, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -247,7 +261,11 @@ def _without_key_type(leaf: Any) -> Any:
 
 
 def _with_key_type(abstract: Any, leaf: Any) -> Any:
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(abstract)) if _is_key(abstract) else leaf
+    if not _is_key(abstract):
+        return leaf
+    found = []  # `key_impl` answers for a value or inside a trace, but not for a ShapeDtypeStruct
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), abstract)
+    return jax.random.wrap_key_data(leaf, impl=found[0])
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -5,7 +5,6 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -20,7 +19,8 @@ def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) 
     """
     if name not in variants:
         known = ", ".join(f":{variant}" if variant else "(none: the default)" for variant in variants)
-        raise ConfigError(f"unknown variant ':{name}'.{_nearest(name, list(variants))} There are: {known}.")
+        problem = f"unknown variant ':{name}'" if name else "this config has no default: name a variant"
+        raise ConfigError(f"{problem}.{_nearest(name, list(variants))} There are: {known}.")
     return variants[name]()
 
 
@@ -53,17 +53,15 @@ def load_config(source: str) -> ConfigDict:
 
 def check_key(config: ConfigDict, key: str, source: str) -> None:
     """Raise ConfigError, with the nearest keys, unless the dotted `key` names a value in `config`."""
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, ConfigDict) or part not in node:
-            raise ConfigError(f"unknown config key '{key}' in {source}.{_nearest(key, all_keys(config))}")
-        node = node.get_ref(part).get() if part in node else None
+    keys = all_keys(config)
+    if not any(known == key or known.startswith(f"{key}.") for known in keys):
+        raise ConfigError(f"unknown config key '{key}' in {source}.{_nearest(key, keys)}")
 
 
 def all_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """Every dotted key that holds a value."""
     keys = []
-    for key, value in config.items():
+    for key, value in config.items(preserve_field_references=True):
         keys += all_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
     return keys
 
