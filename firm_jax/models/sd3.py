@@ -1,0 +1,356 @@
+"""The multimodal diffusion transformer of Stable Diffusion 3 (arXiv 2403.03206) and 3.5.
+
+Image tokens and text tokens have their own weights and meet in joint attention. SD3.5-medium gives its first blocks
+a second attention over the image alone ("dual attention"); the last block of every variant drops its text stream
+after attention. So there are three kinds of blocks: a stack of dual ones, a stack of plain ones, and the last.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from firm_jax.errors import ConfigError
+from firm_jax.interop.mapping import Rule
+from firm_jax.models.attention import attention
+from firm_jax.models.config import check_fields
+from firm_jax.models.layers import LayerNorm, Linear, RMSNorm, reshape, scan_layers, split_heads, stack
+from firm_jax.models.lora import child
+
+NAME = "SD3Transformer2DModel"
+TIME_FEATURES = 256
+ZEROS = nnx.initializers.zeros
+
+
+@dataclass(frozen=True)
+class SD3Config:
+    """Fields and defaults of diffusers' SD3Transformer2DModel; lengths in latents unless stated."""
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int | None = 16
+    pos_embed_max_size: int = 96  # in patches
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    @classmethod
+    def from_hf(cls, raw: Mapping) -> "SD3Config":
+        fields = cls.__dataclass_fields__
+        check_fields(raw, NAME, used=fields, fixed={"qk_norm": (None, "rms_norm")})
+        given = {name: value for name, value in raw.items() if name in fields}
+        given["dual_attention_layers"] = tuple(given.get("dual_attention_layers") or ())
+        config = cls(**given)
+        if config.dual_attention_layers != tuple(range(config.dual_layers)):
+            raise ConfigError(
+                f"{NAME}: dual_attention_layers={list(config.dual_attention_layers)} is not supported; "
+                "dual attention must be in the first blocks, [0, 1, ...] without a gap"
+            )
+        if config.dual_layers > config.num_layers:
+            raise ConfigError(f"{NAME}: {config.dual_layers} dual_attention_layers, but num_layers={config.num_layers}")
+        if config.caption_projection_dim != config.width:
+            raise ConfigError(
+                f"{NAME}: caption_projection_dim={config.caption_projection_dim} must equal num_attention_heads * "
+                f"attention_head_dim = {config.width}: text and image share the attention"
+            )
+        if not config.pos_embed_max_size:
+            raise ConfigError(
+                f"{NAME}: pos_embed_max_size={config.pos_embed_max_size} is not supported; a size is needed"
+            )
+        return config
+
+    def to_hf(self) -> dict:
+        return {"_class_name": NAME, **asdict(self), "dual_attention_layers": list(self.dual_attention_layers)}
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def dual_layers(self) -> int:
+        return len(self.dual_attention_layers)
+
+    @property
+    def velocity_channels(self) -> int:
+        return self.in_channels if self.out_channels is None else self.out_channels
+
+    def check_latent_size(self, h: int, w: int) -> None:
+        """ConfigError unless latents of h x w can be cut into patches and have positions in the table."""
+        longest = self.pos_embed_max_size * self.patch_size
+        if h % self.patch_size or w % self.patch_size or not 0 < min(h, w) <= max(h, w) <= longest:
+            raise ConfigError(
+                f"{NAME}: latents of {h} x {w} do not fit: height and width must be multiples of "
+                f"patch_size={self.patch_size} and at most {longest} (the table of pos_embed_max_size)"
+            )
+
+
+class SD3Transformer(nnx.Module):
+    """Predicts the velocity `noise - image` of noisy latents."""
+
+    config_class = SD3Config
+    hf_class = NAME
+    # Modulation vectors, embeddings and the output are cut along their input only: what they feed is whole.
+    sharding_rules = (
+        (r"(to_q|to_k|to_v|add_[qkv]_proj|net\.0\.proj)\.kernel$", P("fsdp", "tensor")),
+        (r"(to_out\.0|to_add_out|net\.2)\.kernel$", P("tensor", "fsdp")),
+        (r"\.kernel$", P("fsdp", None)),
+    )
+
+    def __init__(self, config: SD3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        dual, last = config.dual_layers, config.num_layers - 1
+        D = config.width
+        self.pos_embed = PatchEmbed(config, rngs=rngs)
+        self.time_text_embed = TimeTextEmbed(config, rngs=rngs)
+        self.context_embedder = Linear(config.joint_attention_dim, D, rngs=rngs)
+        self.dual_blocks = _blocks(config, min(dual, last), rngs, dual=True)
+        self.blocks = _blocks(config, max(last - dual, 0), rngs, dual=False)
+        self.last_block = Block(config, dual=dual > last, last=True, rngs=rngs)
+        self.norm_out = Modulation(D, 2, rngs=rngs)
+        self.norm = LayerNorm(D, affine=False)
+        self.proj_out = Linear(D, config.patch_size**2 * config.velocity_channels, rngs=rngs, init=ZEROS)
+
+    @staticmethod
+    def weight_rules(config: SD3Config) -> tuple[Rule, ...]:
+        patch = f"patch:{config.in_channels}x{config.patch_size}x{config.patch_size}"
+        last = f"transformer_blocks.{config.num_layers - 1}"
+        dual = config.dual_layers
+        return (
+            Rule(r"pos_embed\.proj\.kernel", "pos_embed.proj.weight", layout=patch),
+            Rule(r"dual_blocks\.(.+)\.(?:kernel|scale)", r"transformer_blocks.{layer}.\1.weight"),
+            Rule(r"dual_blocks\.(.+)", r"transformer_blocks.{layer}.\1"),
+            Rule(r"blocks\.(.+)\.(?:kernel|scale)", r"transformer_blocks.{layer}.\1.weight", first_layer=dual),
+            Rule(r"blocks\.(.+)", r"transformer_blocks.{layer}.\1", first_layer=dual),
+            Rule(r"last_block\.(.+)\.(?:kernel|scale)", rf"{last}.\1.weight"),
+            Rule(r"last_block\.(.+)", rf"{last}.\1"),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B h w C"],
+        timestep: Float[Array, "B"],
+        context: Float[Array, "B T D"],
+        pooled: Float[Array, "B P"],
+        *,
+        lora: dict | None = None,
+        remat: str = "none",
+        attention_implementation: str | None = None,
+    ) -> Float[Array, "B h w C"]:
+        """The velocity at noisy latents x, in the dtype of the weights.
+
+        timestep: 0 (image) to 1000 (noise), any float. context: text tokens; pooled: one vector a prompt. lora: a
+        tree of adapters over `blocks`, `dual_blocks` and `last_block`, scale folded in (models/lora.py). remat:
+        one of layers.REMAT_POLICIES. Raises ConfigError when h or w is not a multiple of the patch size or exceeds
+        the table of positions.
+        """
+        config = self.config
+        B, h, w, _ = x.shape
+        config.check_latent_size(h, w)
+        dtype = self.proj_out.kernel.dtype
+        x = self.pos_embed(x.astype(dtype))
+        emb = jax.nn.silu(self.time_text_embed(timestep, pooled.astype(dtype)))
+        text = self.context_embedder(context.astype(dtype), lora=child(lora, "context_embedder"))
+
+        def body(block, carry, block_lora):
+            return block(*carry, emb, lora=block_lora, implementation=attention_implementation), None
+
+        for name in ("dual_blocks", "blocks"):
+            blocks = getattr(self, name)
+            if blocks is not None:
+                with jax.named_scope(name):
+                    (x, text), _ = scan_layers(blocks, body, (x, text), child(lora, name), remat=remat)
+        with jax.named_scope("last_block"):
+            lora = child(lora, "last_block")
+            x, _ = self.last_block(x, text, emb, lora=lora, implementation=attention_implementation)
+        scale, shift = self.norm_out(emb)
+        x = self.proj_out(modulate(self.norm(x), shift, scale))
+        p = config.patch_size
+        x = reshape(x, B, h // p, w // p, p, p, config.velocity_channels)
+        return reshape(x.transpose(0, 1, 3, 2, 4, 5), B, h, w, config.velocity_channels)
+
+
+def _blocks(config: SD3Config, count: int, rngs: nnx.Rngs, *, dual: bool) -> "Block | None":
+    return stack(lambda keys: Block(config, dual=dual, last=False, rngs=keys), count, rngs) if count else None
+
+
+class PatchEmbed(nnx.Module):
+    """Latents [B, h, w, C] -> tokens [B, S, D] with the fixed position of each patch added, cropped at the centre."""
+
+    def __init__(self, config: SD3Config, *, rngs: nnx.Rngs):
+        self.patch_size, self.table_size = config.patch_size, config.pos_embed_max_size
+        self.proj = Linear(config.patch_size**2 * config.in_channels, config.width, rngs=rngs)
+        base = config.sample_size // config.patch_size
+        self.pos_embed = nnx.Param(position_table(config.pos_embed_max_size, base, config.width)[None])
+
+    def __call__(self, x):
+        B, h, w, C = x.shape
+        p, M = self.patch_size, self.table_size
+        h, w = h // p, w // p
+        patches = reshape(x, B, h, p, w, p, C).transpose(0, 1, 3, 5, 2, 4)
+        patches = reshape(patches, B, h * w, C * p * p)
+        top, left = (M - h) // 2, (M - w) // 2
+        # A buffer in the checkpoint: read and written with the weights, never trained.
+        table = jax.lax.stop_gradient(self.pos_embed[...]).reshape(1, M, M, -1)
+        return self.proj(patches) + table[:, top : top + h, left : left + w].reshape(1, h * w, -1)
+
+
+def position_table(size: int, base: int, width: int) -> Float[Array, "size*size width"]:
+    """Sines and cosines of column (first half) and row (second half), in units in which `base` patches span a side."""
+    positions = jnp.arange(size, dtype=jnp.float32) * (base / size)
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
+    angles = positions[:, None] * frequencies
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    columns = jnp.broadcast_to(waves[None, :], (size, *waves.shape))
+    rows = jnp.broadcast_to(waves[:, None], (size, *waves.shape))
+    return jnp.concatenate([columns, rows], axis=-1).reshape(size * size, width)
+
+
+class TimeTextEmbed(nnx.Module):
+    """The conditioning vector [B, D]: an embedding of the timestep plus one of the pooled text."""
+
+    def __init__(self, config: SD3Config, *, rngs: nnx.Rngs):
+        self.timestep_embedder = Embedder(TIME_FEATURES, config.width, rngs=rngs)
+        self.text_embedder = Embedder(config.pooled_projection_dim, config.width, rngs=rngs)
+
+    def __call__(self, timestep, pooled):
+        features = timestep_features(timestep).astype(pooled.dtype)
+        return self.timestep_embedder(features) + self.text_embedder(pooled)
+
+
+def timestep_features(timestep: Float[Array, "B"]) -> Float[Array, "B F"]:
+    """Cosines, then sines, of float32 timesteps at geometric frequencies from 1 to 1/10000."""
+    half = TIME_FEATURES // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Embedder(nnx.Module):
+    """Two layers with a SiLU between."""
+
+    def __init__(self, in_features: int, width: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(in_features, width, rngs=rngs)
+        self.linear_2 = Linear(width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class Modulation(nnx.Module):
+    """Shifts, scales and gates [B, 1, D], linear in the activated conditioning vector, zero at initialisation."""
+
+    def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
+        self.count = count
+        self.linear = Linear(width, count * width, rngs=rngs, init=ZEROS)
+
+    def __call__(self, emb):
+        return jnp.split(self.linear(emb)[:, None], self.count, axis=-1)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+class Block(nnx.Module):
+    """One transformer block. `dual`: a second attention over the image; `last`: the text stream ends here."""
+
+    def __init__(self, config: SD3Config, *, dual: bool, last: bool, rngs: nnx.Rngs):
+        D = config.width
+        self.norm = LayerNorm(D, affine=False)
+        self.norm1 = Modulation(D, 9 if dual else 6, rngs=rngs)
+        self.norm1_context = Modulation(D, 2 if last else 6, rngs=rngs)
+        self.attn = Attention(config, joint=True, text_output=not last, rngs=rngs)
+        self.attn2 = Attention(config, joint=False, text_output=False, rngs=rngs) if dual else None
+        self.ff = FeedForward(D, rngs=rngs)
+        self.ff_context = None if last else FeedForward(D, rngs=rngs)
+
+    def __call__(self, x, text, emb, *, lora=None, implementation=None):
+        """Image tokens x [B, S, D], text tokens [B, T, D], activated conditioning emb [B, D] -> x, text (or None)."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = self.norm1(emb)
+        normed = self.norm(x)
+        modulation = self.norm1_context(emb)
+        # A modulation of two is stored as (scale, shift), one of six as (shift, scale, ...).
+        text_shift, text_scale = modulation[:2] if self.ff_context else modulation[::-1]
+        attended, text_attended = self.attn(
+            modulate(normed, shift, scale),
+            modulate(self.norm(text), text_shift, text_scale),
+            lora=child(lora, "attn"),
+            implementation=implementation,
+        )
+        x = x + gate * attended
+        if self.attn2 is not None:
+            shift, scale, gate = second
+            inputs = modulate(normed, shift, scale)
+            x = x + gate * self.attn2(inputs, lora=child(lora, "attn2"), implementation=implementation)[0]
+        x = x + ff_gate * self.ff(modulate(self.norm(x), ff_shift, ff_scale), lora=child(lora, "ff"))
+        if self.ff_context is None:
+            return x, None
+        gate, ff_shift, ff_scale, ff_gate = modulation[2:]
+        text = text + gate * text_attended
+        normed = modulate(self.norm(text), ff_shift, ff_scale)
+        return x, text + ff_gate * self.ff_context(normed, lora=child(lora, "ff_context"))
+
+
+class Attention(nnx.Module):
+    """Attention over image tokens, `joint` with text tokens that have their own projections."""
+
+    def __init__(self, config: SD3Config, *, joint: bool, text_output: bool, rngs: nnx.Rngs):
+        D, self.heads = config.width, config.num_attention_heads
+
+        def linear():
+            return Linear(D, D, rngs=rngs)
+
+        def norm():
+            return RMSNorm(config.attention_head_dim) if config.qk_norm else None
+
+        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
+        self.to_out = nnx.List([linear()])
+        self.norm_q, self.norm_k = norm(), norm()
+        if joint:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
+            self.norm_added_q, self.norm_added_k = norm(), norm()
+        self.to_add_out = linear() if text_output else None
+
+    def __call__(self, x, text=None, *, lora=None, implementation=None):
+        """x [B, S, D], text [B, T, D] or None -> the attended x, and text where it has an output (else None)."""
+        S = x.shape[1]
+
+        def heads(name, inputs, norm=None):
+            y = getattr(self, name)(inputs, lora=child(lora, name))
+            y = split_heads(y, self.heads)
+            return y if norm is None else norm(y)
+
+        q, k, v = heads("to_q", x, self.norm_q), heads("to_k", x, self.norm_k), heads("to_v", x)
+        if text is not None:
+            q = jnp.concatenate([q, heads("add_q_proj", text, self.norm_added_q)], axis=1)
+            k = jnp.concatenate([k, heads("add_k_proj", text, self.norm_added_k)], axis=1)
+            v = jnp.concatenate([v, heads("add_v_proj", text)], axis=1)
+        y = attention(q, k, v, implementation=implementation)
+        y = y.reshape(*y.shape[:2], -1)
+        x = self.to_out[0](y[:, :S], lora=child(lora, "to_out", "0"))
+        if self.to_add_out is None:
+            return x, None
+        return x, self.to_add_out(y[:, S:], lora=child(lora, "to_add_out"))
+
+
+class FeedForward(nnx.Module):
+    """Width D to 4 D and back, tanh-approximated GELU between."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        up = nnx.Dict(proj=Linear(width, 4 * width, rngs=rngs))
+        self.net = nnx.Dict({"0": up, "2": Linear(4 * width, width, rngs=rngs)})  # the checkpoint's names
+
+    def __call__(self, x, lora=None):
+        x = self.net["0"].proj(x, lora=child(lora, "net", "0", "proj"))
+        return self.net["2"](jax.nn.gelu(x, approximate=True), lora=child(lora, "net", "2"))
