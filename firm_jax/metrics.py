@@ -40,10 +40,11 @@ class JsonLines:
             ) from error
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record and hand it to the operating system. NaN and infinity are not JSON: ValueError."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        """Write one record and hand it to the operating system. Values that are not finite become null."""
+        line = json.dumps(_json_value(record), ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            self._file.write(line.encode())
+            # A lone surrogate in a prompt becomes its JSON escape.
+            self._file.write(line.encode(errors="backslashreplace"))
             self._file.flush()
         except OSError as error:
             raise WorkdirError(
@@ -82,9 +83,11 @@ class MetricWriter:
 
     def write(self, step: int, epoch: int, metrics: dict[str, Any]) -> dict[str, float | int | str | None]:
         """Write one line. Values are numbers, scalar arrays, strings or None. Returns them as plain Python."""
-        values = {name: _plain(value) for name, value in jax.device_get(metrics).items()}
-        non_finite = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        values |= dict.fromkeys(non_finite)
+        fetched = jax.device_get(metrics)
+        if arrays := [name for name, value in fetched.items() if np.ndim(value)]:
+            raise ValueError(f"a metric is one number, but these are arrays: {', '.join(arrays)}")
+        values = {name: _json_value(fetched[name]) for name in metrics}
+        non_finite = [name for name, value in values.items() if value is None and fetched[name] is not None]
         if not self.enabled:
             return values
         line = {"step": int(step), "epoch": int(epoch), "time": round(time.time(), 3), **values}
@@ -132,10 +135,16 @@ def headline(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in shown if isinstance(value, int | float))
 
 
-def _plain(value: Any) -> float | int | str | None:
-    if value is None or isinstance(value, str):
+def _json_value(value: Any) -> Any:
+    """A value as JSON knows it: scalar arrays become numbers, what is not finite becomes None."""
+    if value is None or isinstance(value, str | bool):
         return value
-    value = np.asarray(value)
-    if value.size != 1:
-        raise ValueError(f"a metric is one number, not an array of shape {value.shape}")
-    return value.astype(float).item() if value.dtype.kind not in "iub" else int(value.item())
+    if isinstance(value, dict):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    array = np.asarray(value)
+    if array.ndim:
+        return [_json_value(item) for item in array.tolist()]
+    number = array.item() if array.dtype.kind in "iub" else float(array.astype(np.float64))
+    return number if math.isfinite(number) else None

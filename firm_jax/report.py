@@ -1,6 +1,7 @@
 """Pictures of a run for people: grids with text, and `report.html`."""
 
 import base64
+import io
 import itertools
 import json
 import re
@@ -16,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from firm_jax.charts import COLOURS, line_chart
 
-_SMALLEST_TILE = 192
-_FONT_SIZE = 13
+_SMALLEST_TILE = 224
+_FONT_SIZE = 17
+_LARGEST_PNG_BYTES = 1 << 20
 
 
 def image_grid(images: Any, captions: Sequence[str], columns: int, path: str | Path | None = None) -> np.ndarray:
@@ -146,13 +148,10 @@ def _charts(rows: list[dict]) -> list[dict]:
     return charts
 
 
-def _chart_rank(name: str) -> tuple[int, bool, str]:
+def _chart_rank(name: str) -> tuple[int, str]:
     group = name.partition("/")[0]
-    return (
-        _CHART_ORDER.index(group) if group in _CHART_ORDER else len(_CHART_ORDER),
-        name not in _HEADLINES,
-        name,
-    )
+    rank = _CHART_ORDER.index(group) if group in _CHART_ORDER else len(_CHART_ORDER)
+    return (_HEADLINES.index(name) - len(_HEADLINES) if name in _HEADLINES else rank, name)
 
 
 def _health(workdir: Path, rows: list[dict]) -> list[dict]:
@@ -207,7 +206,13 @@ def _pictures(workdir: Path) -> list[dict]:
 
 
 def _inlined(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """A picture as a data address; a large one as JPEG, so that the report can still be mailed."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > _LARGEST_PNG_BYTES:
+        buffer, kind = io.BytesIO(), "jpeg"
+        Image.open(path).save(buffer, "JPEG", quality=90)
+        content = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _versions(workdir: Path) -> dict[str, Any]:
@@ -219,8 +224,15 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("firm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = lambda value: f"{value:.4g}" if _is_number(value) else "–"
+    environment.filters["number"] = _number
     return environment
+
+
+def _number(value: Any) -> str:
+    """Three digits after the point for what is near 1, four significant ones otherwise."""
+    if not _is_number(value):
+        return "–"
+    return f"{value:.3f}" if 0.1 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from firm_jax.checkpoint import Checkpointer
-from firm_jax.errors import CheckpointError
+from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
 from firm_jax.metrics import JsonLines, MetricWriter, headline
 from firm_jax.profiling import PhaseTimers, ProfileWindow
 from firm_jax.report import image_grid, write_report
@@ -68,19 +68,24 @@ class Run:
     Args:
         config: The resolved `ml_collections.ConfigDict`; kept in `config.json`.
         workdir: The run's folder. If it holds a checkpoint, `restore` continues it.
-        base_weights: What identifies the frozen weights under the trained ones (ids, hashes); a checkpoint made over
-            others is refused.
 
     Raises (on entering):
         WorkdirError: The folder cannot be written, or another run holds it.
-        ConfigError: The config contradicts the checkpoint in the folder.
+        ConfigError: A value that cannot be used, or a config that contradicts the checkpoint in the folder.
+
+    Attributes:
+        workdir: The run's folder, absolute.
+        is_main: Whether this is the process that writes files.
+        base_weights: JSON that identifies the frozen weights under the trained ones (ids, hashes). Set it before
+            `restore`: a checkpoint made over other weights is refused.
     """
 
-    def __init__(self, config: Any, workdir: str | Path, base_weights: dict[str, Any] | None = None):
+    def __init__(self, config: Any, workdir: str | Path):
+        _check_values(config)
         self.config = config
         self.is_main = jax.process_index() == 0
         self.workdir = prepare_workdir(workdir)
-        self.base_weights = base_weights or {}
+        self.base_weights: dict[str, Any] = {}
         self.images_folder = self.workdir / "images"
         self._plain_config = plain_config(config)
         self._signals_seen = 0
@@ -114,12 +119,15 @@ class Run:
         with self._stack:
             try:
                 self._checkpointer.wait()
-            except CheckpointError as save_error:
-                if kind is None:
+                if self.is_main:
+                    write_report(self.workdir)
+            except (CheckpointError, OSError) as ending_error:
+                if error is not None:  # the first failure is the one to show
+                    logging.error("%s", ending_error)
+                elif isinstance(ending_error, CheckpointError):
                     raise
-                logging.error("%s", save_error)
-            if self.is_main:
-                write_report(self.workdir)
+                else:
+                    raise WorkdirError(f"cannot write the report in {self.workdir}: {ending_error}") from ending_error
 
     # Checkpoints
 
@@ -163,8 +171,6 @@ class Run:
         Raises:
             CheckpointError: This save cannot start or the previous one failed; earlier checkpoints are intact.
         """
-        if step in self._checkpointer.steps():
-            return
         meta = {
             "step": int(step),
             "epoch": int(epoch),
@@ -178,7 +184,7 @@ class Run:
     def safe_point(self, state: Any, data: Any = None, *, step: int, epoch: int, epoch_ends: bool = True) -> None:
         """To be called where `state` and `data` are consistent: saves when it is time, stops when asked to.
 
-        Time is every `checkpoint.every` epochs and after the last one.
+        Time is every `checkpoint.every` epochs (0: never) and after the last one.
 
         Raises:
             Stopped: SIGTERM or SIGINT was seen; the state is saved.
@@ -306,6 +312,19 @@ class Run:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _check_values(config: Any) -> None:
+    """Raise ConfigError for a value of the harness's own keys that cannot be used."""
+    for group, key, least in (
+        ("train", "epochs", 0),
+        ("checkpoint", "every", 0),
+        ("checkpoint", "keep", 1),
+        ("profile", "start", 0),
+        ("profile", "steps", 0),
+    ):
+        if config[group][key] < least:
+            raise ConfigError(f"{group}.{key} is {config[group][key]}: it has to be {least} or more")
 
 
 class _Lines:

@@ -48,6 +48,7 @@ class WorkdirLock:
     def __init__(self, workdir: Path):
         self.path = Path(workdir) / "run.lock"
         self._file = None
+        self._started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._stop = threading.Event()
 
     def acquire(self) -> None:
@@ -69,7 +70,7 @@ class WorkdirLock:
 
     def _open_locked(self):
         while True:
-            file = self.path.open("a+")
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -92,7 +93,7 @@ class WorkdirLock:
         try:
             holder = json.loads(self._file.read() or "{}")
         except ValueError:
-            return {"unreadable": True}
+            holder = None
         return holder if isinstance(holder, dict) else {"unreadable": True}
 
     def _refusal(self, holder: dict[str, Any]) -> WorkdirError:
@@ -105,14 +106,11 @@ class WorkdirLock:
         record = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "started": getattr(self, "_started", None) or time.strftime("%Y-%m-%d %H:%M:%S"),
+            "started": self._started,
             "heartbeat": time.time(),
         }
-        self._started = record["started"]
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(record))
-        self._file.flush()
+        # One write of constant length: a reader never sees half a record.
+        os.pwrite(self._file.fileno(), json.dumps(record).ljust(512).encode(), 0)
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

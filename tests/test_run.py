@@ -1,0 +1,255 @@
+"""The harness: a run that is stopped, killed or contradicted loses nothing and says why."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import harness_job
+import jax
+import numpy as np
+import pytest
+
+from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
+from firm_jax.profiling import model_flops_utilisation, peak_flops
+from firm_jax.run import Run, Stopped
+from firm_jax.workdir import STALE_SECONDS, WorkdirLock, contradictions
+
+
+def records(workdir, name="metrics.jsonl"):
+    """The lines of a file without what is allowed to differ between runs: times."""
+    lines = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time")} for line in lines]
+
+
+def assert_same_run(workdir, state, straight_workdir, straight_state):
+    jax.tree.map(np.testing.assert_array_equal, state, straight_state)
+    for name in ("metrics.jsonl", "judgements.jsonl"):
+        assert records(workdir, name) == records(straight_workdir, name)
+    pictures = [sorted(path.name for path in (folder / "images").iterdir()) for folder in (workdir, straight_workdir)]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing happened to: (workdir, final state)."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, harness_job.train(harness_job.get_config(), workdir)
+
+
+def test_a_run_leaves_its_folder(straight):
+    workdir, _ = straight
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "images",
+        "judgements.jsonl",
+        "metrics.jsonl",
+        "report.html",
+        "tensorboard",
+    }
+    assert json.loads((workdir / "config.json").read_text())["train"]["sizes"] == [4, 8]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "18"]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < line["time/update"] <= line["time/wall"] for line in lines)
+
+
+def stop_at(epoch):
+    """SIGTERM in the middle of an epoch."""
+    return lambda run, number: os.kill(os.getpid(), signal.SIGTERM) if number == epoch else None
+
+
+def raise_at(epoch):
+    def at_epoch(run, number):
+        if number == epoch:
+            raise RuntimeError("power cut")
+
+    return at_epoch
+
+
+@pytest.mark.parametrize(("interruption", "error"), [(stop_at(2), Stopped), (raise_at(3), RuntimeError)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, interruption, error):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
+        harness_job.train(harness_job.get_config(), tmp_path, at_epoch=interruption)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert_same_run(tmp_path, harness_job.train(harness_job.get_config(), tmp_path), *straight)
+
+
+def test_a_run_without_a_checkpoint_starts_its_files_again(tmp_path, straight):
+    with pytest.raises(RuntimeError):
+        harness_job.train(harness_job.get_config(), tmp_path, at_epoch=raise_at(1))
+    assert_same_run(tmp_path, harness_job.train(harness_job.get_config(), tmp_path), *straight)
+
+
+def test_a_finished_run_ends_at_once(tmp_path, straight):
+    harness_job.train(harness_job.get_config(), tmp_path)
+    assert_same_run(tmp_path, harness_job.train(harness_job.get_config(), tmp_path), *straight)
+
+
+def start(workdir, pause=0.02, variant="slow"):
+    """The slow variant in a process of its own, through main.py."""
+    program = "import main; main.JOBS['fit_matrix'] = 'harness_job:train'; main.command_line()"
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "PAUSE": str(pause), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, "--config", f"{tests / 'harness_job.py'}:{variant}", "--workdir", workdir]
+    return subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "too slow"
+        time.sleep(0.01)
+
+
+def has_checkpoint(workdir, step):
+    return lambda: any(path.name.isdigit() and int(path.name) >= step for path in workdir.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment(tmp_path, kills):
+    straight = tmp_path / "straight"
+    expected = harness_job.train(harness_job.get_config("slow"), straight)
+    workdir, rng = tmp_path / "killed", np.random.default_rng(0)
+    for _ in range(kills):
+        process = start(workdir, pause=0.1)
+        wait_for(lambda: (workdir / "metrics.jsonl").is_file(), process)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+    state = harness_job.train(harness_job.get_config("slow"), workdir)
+    assert_same_run(workdir, state, straight, expected)
+
+
+def test_sigterm_saves_and_a_second_ends_at_once(tmp_path):
+    process = start(tmp_path, pause=0.5)
+    wait_for(has_checkpoint(tmp_path, 3), process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "the same command continues" in errors and "Traceback" not in errors
+    saved = max(int(path.name) for path in tmp_path.glob("checkpoints/*"))
+    assert records(tmp_path)[-1]["step"] == saved
+    process = start(tmp_path, pause=30)
+    for awaited in ("continuing from checkpoint", "saving at the next safe point"):
+        next(line for line in process.stderr if awaited in line)
+        process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_config_that_contradicts_the_checkpoint_names_the_keys(tmp_path):
+    config = harness_job.get_config()
+    config.train.epochs = 2
+    harness_job.train(config, tmp_path)
+    changed = harness_job.get_config()
+    changed.train.learning_rate, changed.seed = 0.2, 1
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 1\n  train\.learning_rate: 0\.1 -> 0\.2\n"):
+        harness_job.train(changed, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+    longer = harness_job.get_config()
+    longer.checkpoint.every, longer.train.epochs = 1, 3
+    harness_job.train(longer, tmp_path)
+    assert records(tmp_path)[-1]["epoch"] == 3
+
+
+def test_contradictions_see_missing_keys_and_nested_values():
+    saved, now = {"a": {"b": 1, "c": [1, 2]}, "mesh": {"data": 8}}, {"a": {"b": 1, "c": [1, 3]}, "d": None, "mesh": {}}
+    assert contradictions(saved, now) == ["a.c: [1, 2] -> [1, 3]", "d: '(absent)' -> None"]
+
+
+def test_other_base_weights_are_refused(tmp_path):
+    config = harness_job.get_config()
+    with Run(config, tmp_path) as run:
+        run.base_weights = {"transformer": "sha256:1"}
+        run.save({"w": jax.numpy.zeros(3)}, step=1, epoch=1)
+    with Run(config, tmp_path) as run, pytest.raises(CheckpointError, match=r"sha256:1.*sha256:2"):
+        run.base_weights = {"transformer": "sha256:2"}
+        run.restore({"w": jax.numpy.zeros(3)})
+
+
+@pytest.mark.parametrize(("group", "key"), [("train", "epochs"), ("checkpoint", "every"), ("checkpoint", "keep")])
+def test_values_that_cannot_be_used(tmp_path, group, key):
+    config = harness_job.get_config()
+    config[group][key] = -1
+    with pytest.raises(ConfigError, match=rf"{group}\.{key} is -1"):
+        Run(config, tmp_path)
+
+
+def test_an_unwritable_workdir_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match=r"file/run cannot be written.*--workdir"):
+        Run(harness_job.get_config(), tmp_path / "file" / "run")
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    with Run(harness_job.get_config(), tmp_path):
+        with pytest.raises(WorkdirError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}"):
+            Run(harness_job.get_config(), tmp_path).__enter__()
+        assert (tmp_path / "run.lock").exists()
+    assert not (tmp_path / "run.lock").exists()
+    with Run(harness_job.get_config(), tmp_path):
+        pass
+
+
+def lock_of(path, host, age):
+    path.write_text(json.dumps({"pid": 1, "host": host, "started": "then", "heartbeat": time.time() - age}))
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(tmp_path, caplog):
+    for host, age in ((socket.gethostname(), 0), ("elsewhere", STALE_SECONDS + 1)):
+        lock_of(tmp_path / "run.lock", host, age)
+        lock = WorkdirLock(tmp_path)
+        lock.acquire()
+        lock.release()
+        assert "taking over" in caplog.text
+        caplog.clear()
+
+
+def test_a_lock_with_a_fresh_heartbeat_elsewhere_is_respected(tmp_path):
+    lock_of(tmp_path / "run.lock", "elsewhere", 1)
+    with pytest.raises(WorkdirError, match="in use by process 1 on elsewhere"):
+        WorkdirLock(tmp_path).acquire()
+
+
+def test_a_profile_names_iterations_and_phases(tmp_path):
+    config = harness_job.get_config()
+    config.profile.start, config.profile.steps = 1, 2
+    harness_job.train(config, tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    assert b"iteration" in content and b"update" in content
+
+
+def test_progress_without_a_terminal_is_quiet_about_short_phases(tmp_path, capsys):
+    with Run(harness_job.get_config(), tmp_path) as run:
+        assert list(run.progress(range(3), "short")) == [0, 1, 2]
+        with run.progress(description="by hand", total=5) as bar:
+            bar.update(5)
+        run.log(3, 1, {"reward/mean": 0.5})
+    errors = capsys.readouterr().err
+    assert "short" not in errors
+    assert "epoch 1  step 3  reward/mean 0.5" in errors
+
+
+def test_a_run_in_another_thread_works_without_signals(tmp_path):
+    config = harness_job.get_config()
+    config.train.epochs = 1
+    thread = threading.Thread(target=harness_job.train, args=(config, tmp_path))
+    thread.start()
+    thread.join()
+    assert records(tmp_path)[-1]["epoch"] == 1
+
+
+def test_the_share_of_the_peak_is_unknown_where_the_peak_is():
+    assert peak_flops("cpu") is None
+    assert peak_flops("TPU v5p") == 459e12
+    assert model_flops_utilisation(1e12, 1.0) is None
