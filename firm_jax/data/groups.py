@@ -56,9 +56,7 @@ class PromptGroups(Iterator[EpochGroups]):
       ConfigError: a number out of range, more prompts an epoch than there are, or the same prompt twice.
     """
 
-    def __init__(
-        self, prompts: Sequence[PromptRecord], *, prompts_per_epoch: int, images_per_prompt: int, seed: int
-    ):
+    def __init__(self, prompts: Sequence[PromptRecord], *, prompts_per_epoch: int, images_per_prompt: int, seed: int):
         if images_per_prompt < 2:
             raise ConfigError(
                 f"images_per_prompt is {images_per_prompt}: the advantage of an image is its reward against the mean "
@@ -77,9 +75,7 @@ class PromptGroups(Iterator[EpochGroups]):
         keys = [prompt.group_key for prompt in self._prompts]
         if len(set(keys)) < len(keys):
             repeated = next(prompt for prompt, key in zip(prompts, keys, strict=True) if keys.count(key) > 1)
-            raise ConfigError(
-                f"the prompt {repeated.text!r} is listed twice. Merge duplicates before grouping."
-            )
+            raise ConfigError(f"the prompt {repeated.text!r} is listed twice. Merge duplicates before grouping.")
         self._prompts_per_epoch = prompts_per_epoch
         self._images_per_prompt = images_per_prompt
         # What the state only means something together with; a checkpoint of other groups is refused.

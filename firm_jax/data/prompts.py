@@ -26,6 +26,7 @@ from firm_jax.data.records import (
     decode_text,
     iterate_json_list,
     parse_json,
+    read_document,
     read_lines,
     write_quarantine,
 )
@@ -145,15 +146,11 @@ def read_prompts(source: str | os.PathLike) -> tuple[list[PromptRecord], list[Qu
         raise DataError(f"{source} is not a regular file. Give a .txt, .json or .jsonl file.")
     readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".json": _read_json_list}
     if path.suffix not in readers:
-        raise DataError(
-            f"prompt file {source}: unknown ending {path.suffix!r}. Supported are {', '.join(readers)}."
-        )
+        raise DataError(f"prompt file {source}: unknown ending {path.suffix!r}. Supported are {', '.join(readers)}.")
     try:
         return readers[path.suffix](source)
     except OSError as error:
-        raise DataError(
-            f"cannot read prompt file {source}: {error.strerror}. Check its permissions."
-        ) from error
+        raise DataError(f"cannot read prompt file {source}: {error.strerror}. Check its permissions.") from error
 
 
 def _read_text(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
@@ -183,9 +180,7 @@ def _read_json_list(source: str) -> tuple[list[PromptRecord], list[QuarantinedRe
         ) from error
 
 
-def parse_prompt(
-    fields: Any, source_file: str, line: int, text_keys: Sequence[str] = TEXT_KEYS
-) -> PromptRecord:
+def parse_prompt(fields: Any, source_file: str, line: int, text_keys: Sequence[str] = TEXT_KEYS) -> PromptRecord:
     """The prompt in one JSON object: ShareGPT-style, GenEval-style or plain.
 
     The text is the first of `text_keys` that is present; `requirement` is optional; all other fields become metadata.
@@ -219,11 +214,7 @@ def _check_geneval(fields: dict[str, Any]) -> None:
         if not isinstance(objects, list):
             raise MalformedRecord(f"{key} is {_type_name(objects)}, not a list")
         for item in objects:
-            if not (
-                isinstance(item, dict)
-                and isinstance(item.get("class"), str)
-                and type(item.get("count")) is int
-            ):
+            if not (isinstance(item, dict) and isinstance(item.get("class"), str) and type(item.get("count")) is int):
                 raise MalformedRecord(f"{key} holds an item without a class name and a whole count")
 
 
@@ -263,9 +254,7 @@ def _resolve_folder(folder: Path) -> tuple[str, str | None]:
     def find(*names: str) -> str | None:
         found = [str(folder / name) for name in names if (folder / name).is_file()]
         if len(found) > 1:
-            raise DataError(
-                f"{' and '.join(found)} could both be meant. Name the file instead of the folder."
-            )
+            raise DataError(f"{' and '.join(found)} could both be meant. Name the file instead of the folder.")
         return found[0] if found else None
 
     train = find("train.txt", "train_metadata.jsonl", "text_to_image.json")
@@ -306,20 +295,14 @@ def _read_tfds(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]
     column = options.get("text") or next((key for key in TEXT_KEYS if key in features), None)
     if column not in features or not isinstance(features[column], tfds.features.Text):
         texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-        problem = (
-            "no column is named as prompts usually are" if column is None else f"{column!r} is no text column"
-        )
-        raise DataError(
-            f"{source}: {problem}. Add text=COLUMN with one of its text columns: {', '.join(texts)}."
-        )
+        problem = "no column is named as prompts usually are" if column is None else f"{column!r} is no text column"
+        raise DataError(f"{source}: {problem}. Add text=COLUMN with one of its text columns: {', '.join(texts)}.")
     encoded = (tfds.features.Image, tfds.features.Video, tfds.features.Audio)
     left_encoded = {key: tfds.decode.SkipDecoding() for key in features if isinstance(features[key], encoded)}
 
     def parse(row: dict[str, Any], line: int) -> PromptRecord:
         columns = {key: _plain(row[key]) for key in features if key not in left_encoded}
-        return parse_prompt(
-            {key: value for key, value in columns.items() if value is not None}, source, line, [column]
-        )
+        return parse_prompt({key: value for key, value in columns.items() if value is not None}, source, line, [column])
 
     try:
         rows = builder.as_data_source(options.get("split", "train"), decoders=left_encoded)

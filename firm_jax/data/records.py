@@ -132,12 +132,12 @@ def iterate_json_list(document: str) -> Iterator[tuple[int, Any]]:
     def skip_space(position: int) -> int:
         return _JSON_SPACE.match(document, position).end()
 
+    line, counted = 1, 0
     try:
         position = skip_space(0)
         if document[position : position + 1] != "[":
             raise MalformedRecord("not a JSON list of objects")
         position = skip_space(position + 1)
-        line, counted = 1, 0
         closed = document[position : position + 1] == "]"
         while not closed:
             line += document.count("\n", counted, position)
@@ -156,7 +156,11 @@ def iterate_json_list(document: str) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         raise MalformedRecord(f"not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
     except RecursionError as error:
-        raise MalformedRecord("JSON nested too deeply") from error
+        raise MalformedRecord(f"JSON nested too deeply after line {line}") from error
+    except MalformedRecord:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise MalformedRecord(f"JSON number out of range after line {line}") from error
 
 
 def collect(
@@ -172,9 +176,7 @@ def collect(
     return records, quarantined
 
 
-def check_budget(
-    file: str, usable: int, quarantined: list[QuarantinedRecord], max_bad_fraction: float
-) -> None:
+def check_budget(file: str, usable: int, quarantined: list[QuarantinedRecord], max_bad_fraction: float) -> None:
     """DataError when more than `max_bad_fraction` of a file's records are quarantined, or none is usable."""
     if not 0.0 <= max_bad_fraction < 1.0:
         raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; give a fraction in [0, 1)")
@@ -202,6 +204,4 @@ def write_quarantine(path: str | os.PathLike, quarantined: Iterable[QuarantinedR
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise WorkdirError(
-            f"cannot write the quarantine file {path}: {error}. Make its folder writable."
-        ) from error
+        raise WorkdirError(f"cannot write the quarantine file {path}: {error}. Make its folder writable.") from error
