@@ -22,11 +22,17 @@ def _spec(x) -> tuple:
     return spec + (None,) * (jnp.ndim(x) - len(spec))
 
 
+def _names(entry) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a spec."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
 def _axes(entries) -> set[str]:
-    names = set()
-    for entry in entries:
-        names.update(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
-    return names
+    return {name for entry in entries for name in _names(entry)}
+
+
+def _without(entry, axes: set[str]):
+    return tuple(name for name in _names(entry) if name not in axes) or None
 
 
 def output_sharding(x, leading: int, *trailing):
@@ -53,8 +59,14 @@ def project(x, kernel, dtype=None):
 
 def take_rows(table, index):
     """Rows [..., *table.shape[1:]] of a table at integer `index` [...]: the result is split as the index is."""
-    trailing = _spec(table)[1:]
-    return table.at[index].get(out_sharding=output_sharding(index, index.ndim, *trailing), mode="clip")
+    width = _spec(table)[1:]
+    final = output_sharding(index, index.ndim, *width)
+    if final is not None:
+        # An axis that splits both the width and the index goes to the width first and to the index by an all-to-all
+        # of the rows found: left to itself the partitioner would bring all rows to every device.
+        index = jax.sharding.reshard(index, P(*(_without(entry, _axes(width)) for entry in _spec(index))))
+    rows = table.at[index].get(out_sharding=output_sharding(index, index.ndim, *width), mode="clip")
+    return rows if final is None else jax.sharding.reshard(rows, final)
 
 
 def split_heads(x, heads: int, shared: int | None = None):

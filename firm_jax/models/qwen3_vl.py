@@ -23,6 +23,7 @@ from firm_jax.models.layers import (
     Linear,
     RMSNorm,
     project,
+    reshape,
     rotate,
     scan_layers,
     split_heads,
@@ -273,7 +274,7 @@ class Qwen3VL(nnx.Module):
             image = (image_index >= 0)[..., None]
 
             def place(rows):
-                return take_rows(rows.reshape(-1, rows.shape[-1]), image_index)
+                return take_rows(reshape(rows, -1, rows.shape[-1]), image_index)
 
             embeddings = self.language_model.embed_tokens(ids)
             embeddings = jnp.where(image, place(features).astype(embeddings.dtype), embeddings)

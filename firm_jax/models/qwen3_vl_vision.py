@@ -16,7 +16,17 @@ from jax.sharding import PartitionSpec as P
 from firm_jax.errors import ConfigError
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Embedding, LayerNorm, Linear, rotate, scan_layers, split_heads, stack, take_rows
+from firm_jax.models.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    reshape,
+    rotate,
+    scan_layers,
+    split_heads,
+    stack,
+    take_rows,
+)
 
 NORM_EPSILON = 1e-6  # not in config.json: the same in every release
 
@@ -183,7 +193,7 @@ class PatchMerger(nnx.Module):
     @jax.named_scope("patch_merger")
     def __call__(self, x):
         joined = (x.shape[0], -1, self.joined)
-        x = self.norm(x.reshape(joined)) if self.joined_norm else self.norm(x).reshape(joined)
+        x = self.norm(reshape(x, *joined)) if self.joined_norm else reshape(self.norm(x), *joined)
         return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
 
 
