@@ -1,0 +1,202 @@
+"""The critic as the rest of the package sees it: requests in, texts or judgements out."""
+
+import json
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Requests
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from firm_jax import models
+from firm_jax.critic.decode import Decoder, Generation, TokenRules
+from firm_jax.critic.parse import Parsed, parse_alignment, parse_edit, parse_quality
+from firm_jax.critic.processing import Processor, Sequence
+from firm_jax.critic.rubric import FOLDER, Rubric, rubrics_from
+from firm_jax.errors import ConfigError, DataError, WeightsError
+from firm_jax.interop.hub import resolve
+
+PARSERS: dict[str, Callable[[str], Parsed]] = {
+    "alignment": parse_alignment,
+    "quality": parse_quality,
+    "edit_execution": parse_edit,
+    "edit_consistency": parse_edit,
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One criterion of one image, as the critic sees it.
+
+    criterion: the rubric's name. score: a whole number in 1..5, or the tuple of sub-scores of `quality`; None when
+    the answer could not be read. expected: the mean score under the critic's probabilities of the digits 1..5 at the
+    score's place, for sub-scores the lowest of their means. entropy: of those probabilities, in nats, averaged over
+    sub-scores. text: what the critic wrote. status: "ok", "truncated" (no score within the token limit), or the
+    parser's word for what is wrong. reason: the critic's own summary. rubric: sha256 of the rubric's text.
+    """
+
+    criterion: str
+    score: int | tuple[int, ...] | None
+    expected: float | None
+    entropy: float | None
+    text: str
+    status: str
+    reason: str
+    rubric: str
+
+
+class Critic:
+    """A Qwen3-VL model that writes judgements.
+
+    Make one with `from_pretrained`, or from a network in memory and the `Processor` of its folder. `ends`: the ids
+    of the tokens that end an answer. `rubrics`: criterion -> Rubric. `max_batch`: most requests served at once.
+    """
+
+    def __init__(self, model, processor: Processor, *, ends, rubrics: dict[str, Rubric], mesh=None, max_batch=64):
+        vision = model.config.vision
+        for ours, theirs in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
+            if getattr(processor.images, ours) != getattr(vision, theirs):
+                raise ConfigError(
+                    f"{processor.folder}: {ours}={getattr(processor.images, ours)} of the image processor contradicts "
+                    f"{theirs}={getattr(vision, theirs)} of config.json"
+                )
+        self.processor, self.rubrics = processor, rubrics
+        self.max_length = model.config.text.max_position_embeddings
+        rules = TokenRules(tuple(ends), _banned(model.config, processor), processor.digits)
+        self.decoder = Decoder(model, rules, mesh=mesh, max_batch=max_batch)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id, dtype: str = "bfloat16", mesh: Mesh | None = None, rubrics=None, max_batch: int = 64
+    ) -> "Critic":
+        """Load a transformers folder of Qwen3-VL, or its Hugging Face id.
+
+        dtype: "bfloat16", "float32" or "float16" for weights and cache. rubrics: a folder of rubric files to serve;
+        by default the `rubrics` folder inside the model's own, where there is one, else the package's. Raises
+        WeightsError and ConfigError naming what is missing or does not fit.
+        """
+        folder = resolve(path_or_id)
+        processor = Processor(folder)
+        model = models.from_pretrained(folder, dtype=dtype, mesh=mesh)
+        if model.config.to_hf().get("model_type") != "qwen3_vl":
+            raise ConfigError(f"{folder} holds a {type(model).__name__}; a critic must be a Qwen3-VL model")
+        return cls(
+            model,
+            processor,
+            ends=end_tokens(folder, processor),
+            rubrics=folder_rubrics(folder) if rubrics is None else rubrics_from(rubrics),
+            mesh=mesh,
+            max_batch=max_batch,
+        )
+
+    def generate(self, requests: Requests[Mapping], max_new_tokens: int = 256, progress=iter) -> list[str]:
+        """The critic's greedy answer to each request {"images": [...], "text": "..."}: images first, text last.
+
+        An image is a Pillow image or an array [H, W, 3], uint8 or float in [0, 1]. `progress` wraps the iterable of
+        batches. Raises DataError for a request that cannot be served.
+        """
+        generations = self._generate(
+            [(r.get("images") or (), r.get("text")) for r in requests], max_new_tokens, progress
+        )
+        return [self.processor.decode(generation.tokens) for generation in generations]
+
+    def judge(self, requests: Requests[Mapping], max_new_tokens: int = 512, progress=iter) -> list[Judgement]:
+        """A judgement for each request, in order.
+
+        A request has `images`, `criterion` (the name of one of `self.rubrics`), `prompt` and, where the prompt has
+        one, `requirement`. An answer without a readable score is a judgement whose score is None: missing, never a
+        number. Raises ConfigError for a criterion without a rubric, DataError for a request that cannot be served.
+        """
+        rubrics = [self._rubric(request.get("criterion")) for request in requests]
+        texts = [
+            rubric.fill(request.get("prompt") or "", request.get("requirement") or "")
+            for rubric, request in zip(rubrics, requests, strict=True)
+        ]
+        pairs = [(request["images"], text) for request, text in zip(requests, texts, strict=True)]
+        generations = self._generate(pairs, max_new_tokens, progress)
+        return [self._judgement(*pair) for pair in zip(rubrics, generations, strict=True)]
+
+    def _rubric(self, criterion) -> Rubric:
+        if criterion not in self.rubrics:
+            raise ConfigError(
+                f"there is no rubric for the criterion {criterion!r}; this critic has {sorted(self.rubrics)}. "
+                f"Add {criterion}.txt to the rubric folder (critic.rubrics)."
+            )
+        return self.rubrics[criterion]
+
+    def _generate(self, pairs, max_new_tokens: int, progress) -> list[Generation]:
+        patched: dict = {}
+        sequences = [self._sequence(number, *pair, patched, max_new_tokens) for number, pair in enumerate(pairs)]
+        return self.decoder.generate(sequences, max_new_tokens, progress)
+
+    def _sequence(self, number: int, images, text, patched: dict, max_new_tokens: int) -> Sequence:
+        if not isinstance(text, str):
+            raise DataError(f"request {number}: the text is {type(text).__name__}, not a string")
+        sequence = self.processor.sequence(images, text, patched=patched)
+        if len(sequence) + max_new_tokens > self.max_length:
+            raise DataError(
+                f"request {number} has {len(sequence)} tokens, with {max_new_tokens} to come that is more than the "
+                f"{self.max_length} that the model was made for; shorten the text or use smaller images"
+            )
+        return sequence
+
+    def _judgement(self, rubric: Rubric, generation: Generation) -> Judgement:
+        text = self.processor.decode(generation.tokens)
+        parsed = PARSERS[rubric.name](text)
+        if parsed.scores is None:
+            status = "truncated" if generation.finish_reason == "length" else parsed.status
+            return Judgement(rubric.name, None, None, None, text, status, parsed.reason, rubric.sha256)
+        probabilities = self._digit_probabilities(generation, [start for start, _ in parsed.spans])
+        expected = entropy = None
+        if probabilities is not None:
+            expected = float((probabilities @ np.arange(1, 6)).min())
+            entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(-1).mean())
+        score = parsed.scores if len(parsed.scores) > 1 else parsed.scores[0]
+        return Judgement(rubric.name, score, expected, entropy, text, "ok", parsed.reason, rubric.sha256)
+
+    def _digit_probabilities(self, generation: Generation, starts: list[int]) -> np.ndarray | None:
+        """float64 [scores, 5] at the tokens that hold the characters `starts`; None if one is not a digit's token."""
+        at = [self._token_at(generation.tokens, start) for start in starts]
+        if not np.isin(generation.tokens[at], self.processor.digits).all():
+            return None
+        logits = generation.digit_logits[at].astype(np.float64)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True)
+
+    def _token_at(self, tokens: np.ndarray, character: int) -> int:
+        """The index of the token that writes the text's character, by bisection over decoded prefixes."""
+        low, high = 0, len(tokens) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.processor.decode(tokens[: middle + 1])) > character:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def folder_rubrics(folder: Path) -> dict[str, Rubric]:
+    """The rubrics that a critic's folder brings along, else the package's own."""
+    own = Path(folder) / "rubrics"
+    return rubrics_from(own if own.is_dir() else FOLDER)
+
+
+def end_tokens(folder: Path, processor: Processor) -> tuple[int, ...]:
+    """The ids that end an answer: those of generation_config.json, and the end of a turn in any case."""
+    file = Path(folder) / "generation_config.json"
+    ends = None
+    if file.exists():
+        try:
+            ends = json.loads(file.read_text()).get("eos_token_id")
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise WeightsError(f"{file} is not valid JSON: {error}") from error
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    return tuple(sorted({*ends, processor.turn_end}))
+
+
+def _banned(config, processor: Processor) -> tuple[int, ...]:
+    """The vision tokens: written as text, they would be read as images when the answer is replayed."""
+    ids = {config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id}
+    pad = processor.tokenizer.token_to_id("<|vision_pad|>")
+    return tuple(sorted(ids if pad is None else {*ids, pad}))

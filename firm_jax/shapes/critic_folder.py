@@ -1,0 +1,127 @@
+"""The miniature critic before its training: a complete Qwen3-VL folder with random weights.
+
+Its tokenizer is Qwen's byte-level byte-pair scheme, learned on the shapes world's own texts; the folder is what
+`AutoTokenizer`, `AutoProcessor` and `Qwen3VLForConditionalGeneration` open.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from flax import nnx
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from firm_jax.models import save_pretrained
+from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+
+# The special tokens of Qwen3-VL that a critic meets.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """A Qwen tokenizer with at most `vocab_size` entries learned on `texts`, and the special tokens after them."""
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.NFC()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def write_critic_folder(folder: Path, texts: Iterable[str], miniature: dict, *, seed: int) -> None:
+    """Write the folder of an untrained miniature.
+
+    `miniature` holds `vocab_size` (of the learned part), `text` and `vision` (fields of Qwen3-VL's `text_config` and
+    `vision_config`; the vocabulary and `out_hidden_size` follow from the rest), and `min_pixels` and `max_pixels`.
+    """
+    folder = Path(folder)
+    tokenizer = learn_tokenizer(texts, miniature["vocab_size"])
+    tokenizer.save_pretrained(folder)
+    vision, text = dict(miniature["vision"]), dict(miniature["text"])
+    text["vocab_size"] = len(tokenizer)
+    vision["out_hidden_size"] = text["hidden_size"]
+    image_id, video_id, start_id, end_id = tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    )
+    config = Qwen3VLConfig.from_hf(
+        {
+            "text_config": text,
+            "vision_config": vision,
+            "tie_word_embeddings": True,
+            "image_token_id": image_id,
+            "video_token_id": video_id,
+            "vision_start_token_id": start_id,
+            "vision_end_token_id": end_id,
+        }
+    )
+    save_pretrained(Qwen3VL(config, rngs=nnx.Rngs(seed)), folder)
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": miniature["min_pixels"], "longest_edge": miniature["max_pixels"]},
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    _write(folder / "preprocessor_config.json", processor)
+    video = processor | {"video_processor_type": "Qwen3VLVideoProcessor"}
+    del video["image_processor_type"]
+    _write(folder / "video_preprocessor_config.json", video)
+    ends = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+    _write(folder / "generation_config.json", ends)
+
+
+def _write(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,110 @@
+"""The critic against transformers: greedy text, alone and batched, with one and two images of different sizes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from firm_jax.critic.score import Critic
+from firm_jax.shapes.critic_folder import write_critic_folder
+from tests.critic_miniature import MINIATURE, TEXTS
+
+NEW_TOKENS = 64
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+REQUESTS = [
+    {"images": [picture(0, 37, 22)], "text": "a red circle, rate it"},
+    {"images": [picture(1, 24, 40), picture(2, 50, 17)], "text": "two images <|image_pad|> in text: é 字\n"},
+    {"images": [picture(0, 37, 22)], "text": "another question on the first image 12"},
+    {"images": [], "text": "\n no image at all"},
+    {"images": [picture(3, 90, 90)], "text": ""},
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A torch model with every parameter drawn at random, and the folder that holds it."""
+    folder = tmp_path_factory.mktemp("critic")
+    write_critic_folder(folder, TEXTS, MINIATURE, seed=0)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_scale = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(float(is_scale) + 0.3 * torch.randn(parameter.shape))
+    model.generation_config.eos_token_id = None  # random weights rarely end a turn where a test wants it
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def torch_inputs(folder, requests):
+    """Left-padded inputs from transformers' own tokenizer, template and image processor."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    rows, images = [], [image for request in requests for image in request["images"]]
+    vision = processor(images=images) if images else {}
+    grids = iter(vision.get("image_grid_thw", []))
+    for request in requests:
+        content = [{"type": "image"} for _ in request["images"]] + [{"type": "text", "text": "TEXT"}]
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        for _ in request["images"]:
+            chat = chat.replace("<|image_pad|>", "#" * int(np.prod(next(grids)) // 4), 1)
+        before, after = chat.replace("#", "<|image_pad|>").split("TEXT")
+        if request["images"]:
+            ids = tokenizer.encode(before) + tokenizer.encode(request["text"], split_special_tokens=True)
+        else:
+            head = "<|im_start|>"
+            ids = tokenizer.encode(head) + tokenizer.encode(
+                before.removeprefix(head) + request["text"], split_special_tokens=True
+            )
+        rows.append(ids + tokenizer.encode(after))
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if images:
+        inputs["pixel_values"] = torch.tensor(vision["pixel_values"])
+        inputs["image_grid_thw"] = torch.tensor(vision["image_grid_thw"])
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    # A prompt's own "<|image_pad|>" is text, so what remains under this id is images.
+    inputs["mm_token_type_ids"] = (ids == pad).int()
+    return inputs, tokenizer
+
+
+def torch_texts(model, folder, requests):
+    inputs, tokenizer = torch_inputs(folder, requests)
+    written = model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        suppress_tokens=tokenizer.convert_tokens_to_ids(
+            ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+        ),
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = written[:, inputs["input_ids"].shape[1] :]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+
+@pytest.fixture(scope="module")
+def critic(reference):
+    return Critic.from_pretrained(reference[1], dtype="float32")
+
+
+def test_greedy_text_alone(reference, critic):
+    for request in REQUESTS:
+        assert critic.generate([request], max_new_tokens=NEW_TOKENS) == torch_texts(*reference, [request])
+
+
+def test_greedy_text_batched(reference, critic):
+    assert critic.generate(REQUESTS, max_new_tokens=NEW_TOKENS) == torch_texts(*reference, REQUESTS)
