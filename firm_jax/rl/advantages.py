@@ -2,6 +2,8 @@
 
 A group is the K samples of one prompt (of one prompt and source image, for editing). Group ids may be any
 integers. A sample whose judgement is missing is invalid: it enters no statistic and its advantage is 0.
+
+One number a sample: these arrays are small, come from the host, and are not to be sharded (groups are sorted).
 """
 
 from typing import NamedTuple
