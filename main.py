@@ -21,7 +21,7 @@ from firm_jax.run import STOPPED_EXIT_CODE, Stopped
 JOBS = {
     "rl": "firm_jax.rl.train:train",
     "critic_sft": "firm_jax.critic.sft:train",
-    "flow_matching": "firm_jax.generation.pretrain:train_generator",
+    "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
     "autoencoder": "firm_jax.generation.pretrain:train_autoencoder",
 }
 

@@ -26,6 +26,9 @@ from firm_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
+# In place of a step, among processes that can only pass numbers on.
+NONE = -1
+
 # Storage that takes longer than this for one save is taken to hang.
 SAVE_TIMEOUT_SECONDS = 1200
 
@@ -84,7 +87,7 @@ class Checkpointer:
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
-        if step in self.steps():
+        if _from_first_process(step in self.steps()):
             return
         arrays = _named(jax.tree.map(_without_key_type, state))
         meta = meta | {"arrays": {name: _signature(leaf) for name, leaf in _named(state).items()}}
@@ -132,8 +135,8 @@ class Checkpointer:
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
-        step = _agree(self._newest_whole() if jax.process_index() == 0 else None)
-        if step is None:
+        step = _from_first_process(self._newest_whole() if jax.process_index() == 0 else NONE)
+        if step == NONE:
             if self.damaged():
                 raise CheckpointError(
                     f"no checkpoint in {self.folder} is whole; set aside: {', '.join(p.name for p in self.damaged())}. "
@@ -163,7 +166,7 @@ class Checkpointer:
                 logging.warning("cannot read meta.json of checkpoint %d: %s", step, error)
         return None
 
-    def _newest_whole(self) -> int | None:
+    def _newest_whole(self) -> int:
         for step in reversed(self.steps()):
             path = self.folder / str(step)
             problem = find_damage(path)
@@ -172,7 +175,7 @@ class Checkpointer:
             aside = _unused(path.with_name(f"{step}.damaged"))
             path.rename(aside)
             logging.error("CHECKPOINT %s IS DAMAGED (%s); set aside as %s", path, problem, aside.name)
-        return None
+        return NONE
 
     def _finish(self, step: int, staging: Path, response: Any) -> None:
         """In the background: wait for the arrays, write the manifest, commit, delete what is too old."""
@@ -319,9 +322,8 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _agree(step: int | None) -> int | None:
-    """The first process' step, on every process."""
+def _from_first_process(value: int) -> int:
+    """The first process' value, on every process: what a file system shows may differ between hosts for a while."""
     if jax.process_count() == 1:
-        return step
-    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if agreed < 0 else agreed
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

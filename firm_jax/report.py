@@ -250,7 +250,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return _whole_lines(path.read_bytes()) if path.is_file() else []
+
+
+def _whole_lines(content: bytes) -> list[dict[str, Any]]:
+    """JSON lines but for a last one that a crash or a full disk has cut."""
+    return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
 
 def _tail(path: Path, length: int = 1 << 16) -> list[dict[str, Any]]:
@@ -260,5 +265,5 @@ def _tail(path: Path, length: int = 1 << 16) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         start = max(0, path.stat().st_size - length)
         file.seek(start)
-        lines = file.read().decode(errors="ignore").splitlines()
-    return [json.loads(line) for line in lines[1 if start else 0 :]]
+        content = file.read()
+    return _whole_lines(content.partition(b"\n")[2] if start else content)

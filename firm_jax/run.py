@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Stopped(Exception):
     """SIGTERM or SIGINT was seen and the run is saved. `main.py` ends with STOPPED_EXIT_CODE."""
 
 
+@dataclass(frozen=True)
 class Restored:
     """What a run continues from.
 
@@ -56,8 +58,10 @@ class Restored:
         epoch: Epochs done; the next one has this number, counted from 0.
     """
 
-    def __init__(self, state: Any, data: Any, step: int, epoch: int):
-        self.state, self.data, self.step, self.epoch = state, data, step, epoch
+    state: Any
+    data: Any
+    step: int
+    epoch: int
 
 
 class Run:
@@ -156,7 +160,7 @@ class Run:
         if changed := [f"{k} {v} -> {_versions()[k]}" for k, v in meta["versions"].items() if v != _versions()[k]]:
             logging.warning("continuing on another system, bits may differ: %s", ", ".join(changed))
         self._rewind(meta["lengths"], checkpoint.step)
-        self._say(f"continuing from checkpoint {checkpoint.step} ({meta['epoch']} epochs done)")
+        self.say(f"continuing from checkpoint {checkpoint.step} ({meta['epoch']} epochs done)")
         return Restored(checkpoint.state, checkpoint.data, meta["step"], meta["epoch"])
 
     def save(self, state: Any, data: Any = None, *, step: int, epoch: int) -> None:
@@ -232,8 +236,13 @@ class Run:
         """
         times = self._timers.report()
         values = self._metrics.write(step, epoch, metrics | times)
-        self._say(f"epoch {epoch}  step {step}  {headline(values)}  {times['time/wall']:.1f} s")
+        self.say(f"epoch {epoch}  step {step}  {headline(values)}  {times['time/wall']:.1f} s")
         return values
+
+    def say(self, line: str) -> None:
+        """Print a line, once however many processes there are, without tearing a bar."""
+        if self.is_main:
+            tqdm.write(line, file=sys.stderr)
 
     def progress(self, iterable: Iterable | None = None, description: str = "", total: int | None = None) -> tqdm:
         """A bar over a long phase. Where there is no terminal, a line every few seconds instead."""
@@ -274,10 +283,6 @@ class Run:
                 self._judgements.append(record)
 
     # Inside
-
-    def _say(self, line: str) -> None:
-        if self.is_main:
-            tqdm.write(line, file=sys.stderr)
 
     def _lengths(self) -> dict[str, int]:
         """How far the run's files are written, durably: a checkpoint never counts on a line that a crash can take."""
@@ -349,6 +354,8 @@ def _versions() -> dict[str, Any]:
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "threefry_partitionable": jax.config.jax_threefry_partitionable,
     }
 
 

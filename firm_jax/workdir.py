@@ -48,6 +48,7 @@ class WorkdirLock:
     def __init__(self, workdir: Path):
         self.path = Path(workdir) / "run.lock"
         self._file = None
+        self._kernel_locks = True
         self._started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._stop = threading.Event()
 
@@ -55,8 +56,9 @@ class WorkdirLock:
         self._file = self._open_locked()
         holder = self._holder()
         if holder:
-            age = time.time() - float(holder.get("heartbeat", 0))
-            if holder.get("host") != socket.gethostname() and age < STALE_SECONDS:
+            # On this machine we hold the kernel's lock, so that the other cannot be alive.
+            dead = self._kernel_locks and holder.get("host") == socket.gethostname()
+            if not dead and time.time() - float(holder.get("heartbeat", 0)) < STALE_SECONDS:
                 self._file.close()
                 raise self._refusal(holder)
             logging.warning("taking over %s from a run that ended without releasing it: %s", self.path, holder)
@@ -79,9 +81,8 @@ class WorkdirLock:
                 file.close()
                 raise self._refusal(holder) from error
             except OSError as error:
-                logging.warning(
-                    "%s: this file system has no locks (%s); only heartbeats are compared", self.path, error
-                )
+                self._kernel_locks = False
+                logging.warning("%s: no locks on this file system (%s); heartbeats decide", self.path, error)
             # The previous holder may have removed the file between our open and our lock.
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:

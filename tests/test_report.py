@@ -70,7 +70,8 @@ def a_run(workdir, epochs=4):
             line |= {"critic/failure_rate": 0.01 * epoch, "update/skipped": 0}
         lines.append(line)
     lines[-1]["non_finite"] = ["grad/norm"]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cut = '{"step": 99, "epo'
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
     judgement = {"prompt": "<b>bold</b>", "criterion": "instruction", "score": None, "status": "no_score", "text": "é"}
     (workdir / "judgements.jsonl").write_text((json.dumps(judgement) + "\n") * 1000)
 

@@ -102,7 +102,7 @@ def start(workdir, pause=0.02, variant="slow"):
     return subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()
@@ -212,6 +212,21 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(tmp_path, caplog
         lock.release()
         assert "taking over" in caplog.text
         caplog.clear()
+
+
+def test_without_kernel_locks_the_heartbeat_decides(tmp_path, monkeypatch, caplog):
+    def unsupported(*arguments):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    lock_of(tmp_path / "run.lock", socket.gethostname(), 1)
+    with pytest.raises(WorkdirError, match="in use by process 1"):
+        WorkdirLock(tmp_path).acquire()
+    assert "heartbeats decide" in caplog.text
+    lock_of(tmp_path / "run.lock", socket.gethostname(), STALE_SECONDS + 1)
+    lock = WorkdirLock(tmp_path)
+    lock.acquire()
+    lock.release()
 
 
 def test_a_lock_with_a_fresh_heartbeat_elsewhere_is_respected(tmp_path):
