@@ -72,6 +72,8 @@ class Run:
     Args:
         config: The resolved `ml_collections.ConfigDict`; kept in `config.json`.
         workdir: The run's folder. If it holds a checkpoint, `restore` continues it.
+        base_weights: JSON that identifies the frozen weights under the trained ones (ids, hashes): a checkpoint made
+            over other weights is refused.
 
     Raises (on entering):
         WorkdirError: The folder cannot be written, or another run holds it.
@@ -80,16 +82,14 @@ class Run:
     Attributes:
         workdir: The run's folder, absolute.
         is_main: Whether this is the process that writes files.
-        base_weights: JSON that identifies the frozen weights under the trained ones (ids, hashes). Set it before
-            `restore`: a checkpoint made over other weights is refused.
     """
 
-    def __init__(self, config: Any, workdir: str | Path):
+    def __init__(self, config: Any, workdir: str | Path, base_weights: dict[str, Any] | None = None):
         _check_values(config)
         self.config = config
         self.is_main = jax.process_index() == 0
         self.workdir = prepare_workdir(workdir)
-        self.base_weights: dict[str, Any] = {}
+        self.base_weights = base_weights or {}
         self.images_folder = self.workdir / "images"
         self._plain_config = plain_config(config)
         self._signals_seen = 0

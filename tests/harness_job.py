@@ -63,7 +63,6 @@ def initial_state(config):
 def train(config, workdir, at_epoch=None):
     """Returns the final state; `at_epoch(run, epoch)` is called in the middle of every epoch."""
     with Run(config, workdir) as run:
-        run.base_weights = {"matrix": "none"}
         state, data, step, done = initial_state(config), {"next": 0}, 0, 0
         if restored := run.restore(state):
             state, data, step, done = restored.state, restored.data, restored.step, restored.epoch

@@ -168,11 +168,12 @@ def test_contradictions_see_missing_keys_and_nested_values():
 
 def test_other_base_weights_are_refused(tmp_path):
     config = harness_job.get_config()
-    with Run(config, tmp_path) as run:
-        run.base_weights = {"transformer": "sha256:1"}
+    with Run(config, tmp_path, {"transformer": "sha256:1"}) as run:
         run.save({"w": jax.numpy.zeros(3)}, step=1, epoch=1)
-    with Run(config, tmp_path) as run, pytest.raises(CheckpointError, match=r"sha256:1.*sha256:2"):
-        run.base_weights = {"transformer": "sha256:2"}
+    with (
+        Run(config, tmp_path, {"transformer": "sha256:2"}) as run,
+        pytest.raises(CheckpointError, match=r"sha256:1.*sha256:2"),
+    ):
         run.restore({"w": jax.numpy.zeros(3)})
 
 
