@@ -188,7 +188,7 @@ def test_a_truncated_file_is_refused(root, format):
     assert "0x" not in str(error.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255), format=st.sampled_from(["JPEG", "PNG", "WEBP"]))
 def test_broken_bytes_give_an_image_or_a_data_error(tmp_path_factory, position, byte, format):
     content = io.BytesIO()

@@ -282,6 +282,11 @@ def test_the_budget(tmp_path, bad):
     assert all(row["reason"].startswith("not JSON") for row in rows)
 
 
+def test_the_budget_is_inclusive(tmp_path):
+    path = write(tmp_path / "p.jsonl", "{\n" * 29 + "".join(f'{{"prompt": "{index}"}}\n' for index in range(71)))
+    assert len(load_prompts(path, max_bad_fraction=0.29).quarantined) == 29  # although 0.29 * 100 is below 29
+
+
 def test_a_corrected_file_leaves_no_quarantine_behind(tmp_path):
     quarantine = tmp_path / "quarantine.jsonl"
     path = write(tmp_path / "p.txt", "a\n\nb\nc\n")
@@ -323,7 +328,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         load_prompts(write(tmp_path / "p.txt", "a\n\nb"), quarantine_file=tmp_path / "missing" / "q.jsonl")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lines=st.lists(
         st.binary(max_size=40) | st.sampled_from(sorted(line for line in BAD_LINES if len(line) < 200)),
@@ -358,7 +363,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(values=st.lists(JSON_VALUES, max_size=5))
 def test_any_json_reads_the_same_as_a_list_and_as_lines(tmp_path_factory, values):
     folder = tmp_path_factory.getbasetemp()

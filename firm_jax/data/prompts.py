@@ -107,7 +107,7 @@ def load_prompts(
         source, test_file = _resolve_folder(Path(source))
         held_out_source = held_out_source or test_file
 
-    sources = [source] if held_out_source is None else [source, os.fspath(held_out_source)]
+    sources = [source, os.fspath(held_out_source)] if held_out_source else [source]
     read = [read_prompts(each) for each in sources]
     quarantined = [bad for _, bad_records in read for bad in bad_records]
     if quarantine_file is not None:
@@ -117,7 +117,7 @@ def load_prompts(
 
     distinct = [merge_duplicates(records) for records, _ in read]
     merged = sum(len(records) - len(kept) for (records, _), kept in zip(read, distinct, strict=True))
-    train, held_out = split_prompts(distinct[0]) if held_out_source is None else distinct
+    train, held_out = distinct if held_out_source else split_prompts(distinct[0])
     shared = len({record.group_key for record in train} & {record.group_key for record in held_out})
     logging.info(
         "prompts: %d to train on, %d held out; %d duplicates merged, %d records quarantined",

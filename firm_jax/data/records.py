@@ -183,7 +183,7 @@ def check_budget(file: str, usable: int, quarantined: list[QuarantinedRecord], m
     total = usable + len(quarantined)
     if total == 0:
         raise DataError(f"{file} is empty: it holds no record. Give a file with at least one.")
-    if usable and len(quarantined) <= max_bad_fraction * total:
+    if usable and len(quarantined) / total <= max_bad_fraction:
         return
     shown = "; ".join(f"line {bad.line}: {bad.reason}" for bad in quarantined[:SHOWN_IN_ERROR])
     more = len(quarantined) - SHOWN_IN_ERROR
