@@ -52,10 +52,14 @@ class JsonLines:
                 f"the run continues from its last checkpoint."
             ) from error
 
-    def sync(self) -> int:
-        """Force everything to the disk and return the length in bytes: what a checkpoint written now covers."""
-        os.fsync(self._file.fileno())
+    @property
+    def length(self) -> int:
+        """Bytes written so far."""
         return self._file.tell()
+
+    def sync(self) -> None:
+        """Force everything to the disk: a checkpoint must not count on a line that a crash can take."""
+        os.fsync(self._file.fileno())
 
     def rewind(self, length: int) -> None:
         """Drop what lies beyond `length` bytes: records of a stretch that the resumed run does again."""
@@ -102,11 +106,17 @@ class MetricWriter:
         if self.enabled:
             self._open_events().add_image(tag, image, step, dataformats="HWC")
 
-    def sync(self) -> int:
-        """Make everything durable; returns the length of `metrics.jsonl` in bytes."""
+    @property
+    def length(self) -> int:
+        """Bytes in `metrics.jsonl` so far."""
+        return self._lines.length if self.enabled else 0
+
+    def sync(self) -> None:
+        """Force everything to the disk."""
         if self._events is not None:
             self._events.flush()
-        return self._lines.sync() if self.enabled else 0
+        if self.enabled:
+            self._lines.sync()
 
     def rewind(self, length: int, step: int) -> None:
         """Continue from a checkpoint that covers `length` bytes of `metrics.jsonl` and `step` updates."""

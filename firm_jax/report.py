@@ -99,7 +99,7 @@ def write_report(workdir: str | Path) -> Path:
 
 # Charts that hold more than one metric; every other metric gets its own. `*` is what is not drawn elsewhere.
 _SHARED_CHARTS = {
-    "reward by criterion": re.compile(r"reward/(?!mean$|std$|zero_std_ratio$|.*_se$).*"),
+    "reward by criterion": re.compile(r"reward/(?!mean$|std$|zero_std_ratio$|group_std$|missing$|.*_se$).*"),
     "seconds an epoch": re.compile(r"time/.*"),
 }
 _CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "time")

@@ -93,6 +93,7 @@ class Run:
         self.images_folder = self.workdir / "images"
         self._plain_config = plain_config(config)
         self._signals_seen = 0
+        self._lengths_before: dict[str, int] | None = None
         self._timers = PhaseTimers()
 
     def __enter__(self) -> "Run":
@@ -166,6 +167,9 @@ class Run:
     def save(self, state: Any, data: Any = None, *, step: int, epoch: int) -> None:
         """Save in the background; the arrays of `state` may be donated as soon as this returns.
 
+        Called within an iteration of `loop`, before its `safe_point`, it does not count what the iteration has written
+        so far to metrics and judgements: the continued run does that iteration again.
+
         Args:
             state: Pytree of jax arrays: everything that the rest of the run depends on.
             data: JSON: where the data pipeline stands.
@@ -175,13 +179,16 @@ class Run:
         Raises:
             CheckpointError: This save cannot start or the previous one failed; earlier checkpoints are intact.
         """
+        if self.is_main:
+            self._metrics.sync()
+            self._judgements.sync()
         meta = {
             "step": int(step),
             "epoch": int(epoch),
             "config": self._plain_config,
             "base_weights": self.base_weights,
             "versions": _versions(),
-            "lengths": self._lengths(),
+            "lengths": self._lengths_before or self._lengths(),
         }
         self._checkpointer.save(int(step), state, data, meta)
 
@@ -194,6 +201,7 @@ class Run:
             Stopped: SIGTERM or SIGINT was seen; the state is saved.
             CheckpointError: As for `save`.
         """
+        self._lengths_before = None
         every, last = self.config.checkpoint.every, self.config.train.epochs
         due = epoch_ends and (epoch == last or (every > 0 and epoch % every == 0))
         stop = self.should_stop()
@@ -217,8 +225,10 @@ class Run:
     def loop(self, first: int, last: int) -> Iterator[int]:
         """Numbers first ... last - 1: the iterations that `profile.start` and `profile.steps` count."""
         for number in range(first, last):
+            self._lengths_before = self._lengths()
             with self._profile.iteration(number):
                 yield number
+        self._lengths_before = None
 
     def timer(self, phase: str) -> contextlib.AbstractContextManager[None]:
         """Time a phase of an iteration: `time/<phase>` in the next `log`, and a name in the profile."""
@@ -285,10 +295,8 @@ class Run:
     # Inside
 
     def _lengths(self) -> dict[str, int]:
-        """How far the run's files are written, durably: a checkpoint never counts on a line that a crash can take."""
-        if not self.is_main:
-            return {}
-        return {"metrics": self._metrics.sync(), "judgements": self._judgements.sync()}
+        """How far the run's files are written, in bytes."""
+        return {"metrics": self._metrics.length, "judgements": self._judgements.length} if self.is_main else {}
 
     def _rewind(self, lengths: dict[str, int], step: int) -> None:
         self._metrics.rewind(lengths.get("metrics", 0), step)

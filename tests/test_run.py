@@ -82,6 +82,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, interrupt
     assert_same_run(tmp_path, harness_job.train(harness_job.get_config(), tmp_path), *straight)
 
 
+def test_a_save_within_an_epoch_does_not_count_its_records(tmp_path):
+    state, config = {"w": jax.numpy.zeros(3)}, harness_job.get_config()
+    with Run(config, tmp_path) as run, pytest.raises(RuntimeError):
+        run.restore(state)
+        run.log(0, 0, {"eval/loss": 1.0})
+        for epoch in run.loop(0, 2):
+            run.judgements([{"epoch": epoch}])
+            if epoch == 1:
+                run.save(state, step=1, epoch=1)
+                raise RuntimeError("no usable judgement")
+            run.log(1, 1, {})
+            run.safe_point(state, step=1, epoch=1)
+    with Run(config, tmp_path) as run:
+        assert run.restore(state).epoch == 1
+        assert [line["epoch"] for line in records(tmp_path)] == [0, 1]
+        assert records(tmp_path, "judgements.jsonl") == [{"epoch": 0}]
+
+
 def test_a_run_without_a_checkpoint_starts_its_files_again(tmp_path, straight):
     with pytest.raises(RuntimeError):
         harness_job.train(harness_job.get_config(), tmp_path, at_epoch=raise_at(1))
