@@ -80,9 +80,7 @@ class Selector:
         return [
             shape
             for shape in shapes
-            if self.kind in (None, shape.kind)
-            and self.color in (None, shape.color)
-            and self.size in (None, shape.size)
+            if self.kind in (None, shape.kind) and self.color in (None, shape.color) and self.size in (None, shape.size)
         ]
 
     def phrase(self, count: int = 1) -> str:
@@ -194,9 +192,7 @@ class Prompt:
             raise DataError(f"shapes prompt: tag {record['tag']!r} is none of {known}")
         include = tuple(_include_from_json(item, record["include"]) for item in record["include"])
         if not 1 <= sum(item.count for item in include) <= MAX_SHAPES:
-            raise DataError(
-                f"shapes prompt {record['prompt']!r}: must ask for 1 to {MAX_SHAPES} shapes in all"
-            )
+            raise DataError(f"shapes prompt {record['prompt']!r}: must ask for 1 to {MAX_SHAPES} shapes in all")
         background = _known("background", record.get("background"), BACKGROUNDS)
         return cls(record["prompt"], record["tag"], difficulty, include, background)
 
@@ -256,16 +252,12 @@ def _object_statements(prompt: Prompt) -> list[Requirement]:
             anchor = prompt.include[index]
             reference = Selector(anchor.selector.kind, anchor.selector.color)
             text = f"{colored.phrase(item.count)} {relation} {reference.phrase(anchor.count)}"
-            statements.append(
-                Requirement("relation", text, subject=colored, value=reference, relation=relation)
-            )
+            statements.append(Requirement("relation", text, subject=colored, value=reference, relation=relation))
     return statements
 
 
 def _exactly(selector: Selector, count: int) -> Requirement:
-    return Requirement(
-        "exactly", f"{_NUMBERS[count]} {selector.phrase(count)}", subject=selector, count=count
-    )
+    return Requirement("exactly", f"{_NUMBERS[count]} {selector.phrase(count)}", subject=selector, count=count)
 
 
 def sample_prompt(rng: np.random.Generator, difficulty: str) -> Prompt:
@@ -311,10 +303,7 @@ def corrupt_prompt(rng: np.random.Generator, prompt: Prompt, rate: float) -> Pro
             redraw(item.selector.size, SIZES),
         )
         # Two groups that fit one description would contradict the exact count of each.
-        while any(
-            (selector.kind, selector.color) == (other.selector.kind, other.selector.color)
-            for other in include
-        ):
+        while any((selector.kind, selector.color) == (other.selector.kind, other.selector.color) for other in include):
             selector = dataclasses.replace(selector, color=_choice(rng, COLORS))
         position = item.position and (redraw(item.position[0], RELATIONS), item.position[1])
         include.append(Include(selector, redraw(item.count, counts), position))
@@ -406,9 +395,7 @@ def prompts(split: str, count: int, seed: int = 0) -> list[Prompt]:
         # A difficulty that gives nothing new for long has run dry, and the others take its share.
         flowing = [difficulty for difficulty in TAGS if misses[difficulty] < 500]
         if not flowing:
-            raise DataError(
-                f"split {split!r} has only {len(found)} distinct prompts, not {count}: ask for fewer"
-            )
+            raise DataError(f"split {split!r} has only {len(found)} distinct prompts, not {count}: ask for fewer")
         difficulty = flowing[len(found) % len(flowing)]
         prompt = sample_prompt(rng, difficulty)
         if _in_test(prompt) == (split == "test") and prompt.text not in found:
@@ -421,9 +408,7 @@ def prompts(split: str, count: int, seed: int = 0) -> list[Prompt]:
 
 def _in_test(prompt: Prompt) -> bool:
     """Whether the combination of attributes is held out; order and wording of the caption do not matter."""
-    records = [
-        [item.selector.kind, item.selector.color, item.selector.size, item.count] for item in prompt.include
-    ]
+    records = [[item.selector.kind, item.selector.color, item.selector.size, item.count] for item in prompt.include]
     relation = next((item.position[0] for item in prompt.include if item.position), None)
     if relation in ("left of", "above"):
         records = records[::-1]

@@ -1,14 +1,40 @@
-"""Training examples of the shapes world: pictures and captions for the generator, pictures for the autoencoder."""
+"""What the miniature is taught: pictures for the autoencoder, captioned pictures for the generator, and for the
+critic pictures with the answers that the oracle would give in the critic's output formats."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 
-from firm_jax.shapes.render import render
-from firm_jax.shapes.scene import TAGS, Prompt, corrupt_prompt, sample_prompt, sample_scene
+from firm_jax.shapes import oracle
+from firm_jax.shapes.oracle import Component, Reading
+from firm_jax.shapes.render import degrade, render
+from firm_jax.shapes.scene import TAGS, Prompt, Scene, corrupt_prompt, sample_prompt, sample_scene
+
+RUBRICS = Path(__file__).parent / "rubrics"
+
+_PAIR_TRIES, _QUALITY_TRIES = 40, 12  # draws in search of an example with the wanted score
+_SEVERITY = {5: (0.0, 0.2), 4: (0.1, 0.5), 3: (0.25, 0.7), 2: (0.4, 0.9), 1: (0.5, 1.0)}  # by wanted quality
+_REMARKS = (
+    (
+        "poor colours or stray pieces",
+        "dull colours or stray pieces",
+        "slightly dull",
+        "good colours",
+        "clear colours",
+    ),
+    (
+        "very blurred or noisy",
+        "blurred or noisy",
+        "somewhat blurred or noisy",
+        "slightly soft",
+        "clean and sharp",
+    ),
+    ("no proper shapes", "crooked shapes", "uneven shapes", "nearly regular shapes", "regular shapes"),
+)
 
 
-def generator_batch(
-    rng: np.random.Generator, count: int, wrong: float = 0.35
-) -> tuple[list[str], np.ndarray]:
+def generator_batch(rng: np.random.Generator, count: int, wrong: float = 0.35) -> tuple[list[str], np.ndarray]:
     """Captions and images float32 [count, 64, 64, 3] in [0, 1], for the base generator.
 
     Each attribute of a picture is drawn anew with probability `wrong`, whatever its caption says: a generator
@@ -27,3 +53,75 @@ def autoencoder_batch(rng: np.random.Generator, count: int) -> np.ndarray:
 def _any_prompt(rng: np.random.Generator) -> Prompt:
     difficulties = tuple(TAGS)
     return sample_prompt(rng, difficulties[int(rng.integers(len(difficulties)))])
+
+
+def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
+    """What is seen in reading order, a verdict on each numbered requirement, the rating, the boxed rating."""
+    reading = oracle.inspect(image)
+    verdicts = oracle.check_reading(reading, prompt)
+    score = oracle.share_to_score(float(np.mean(verdicts)))
+    lines = [_describe(reading)]
+    for number, (requirement, holds) in enumerate(zip(prompt.requirements, verdicts, strict=True), start=1):
+        lines.append(f"{number}. {requirement.text}: {'yes' if holds else 'no'}")
+    return "\n".join([*lines, f"**Final Alignment Rating: {score}**", f"\\boxed{{{score}}}"])
+
+
+def _describe(reading: Reading) -> str:
+    seen = [_describe_component(component) for component in reading.components[:4]]
+    return f"{', '.join(seen) or 'nothing'} on {reading.background or 'unclear'}"
+
+
+def _describe_component(component: Component) -> str:
+    place = f"{'bottom' if component.y > 0.5 else 'top'} {'right' if component.x > 0.5 else 'left'}"
+    name = f"{component.size} {component.color} {component.kind}" if component.is_shape else "blob"
+    return f"{name} {place}"
+
+
+def quality_answer(image: np.ndarray) -> str:
+    """Strict JSON: the three scores (aesthetics, technical, structure), then the reasoning."""
+    scores = oracle.quality_scores(image)
+    remarks = [words[score - 1] for words, score in zip(_REMARKS, scores, strict=True)]
+    return json.dumps({"score": list(scores), "reasoning": ", ".join(remarks)})
+
+
+def critic_example(rng: np.random.Generator) -> tuple[np.ndarray, str, str, str]:
+    """An image, the task ("alignment" or "quality"), the caption ("" for quality), and the right answer.
+
+    The wanted score is drawn first, evenly from 1 to 5, and then a picture that has it or comes near, so that the
+    scores are about balanced. Quality is balanced on the lowest of its three scores, which is the one that counts.
+    """
+    wanted = int(rng.integers(1, 6))
+    if rng.random() < 0.5:
+        prompt, scene = _pair_for_alignment(rng, wanted)
+        image = _aged(rng, render(scene))
+        return image, "alignment", prompt.text, alignment_answer(image, prompt)
+    for _ in range(_QUALITY_TRIES):
+        image = render(sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5)))
+        image = degrade(rng, image, severity=rng.uniform(*_SEVERITY[wanted]))
+        if min(oracle.quality_scores(image)) == wanted:
+            break
+    return image, "quality", "", quality_answer(image)
+
+
+def _pair_for_alignment(rng: np.random.Generator, wanted: int) -> tuple[Prompt, Scene]:
+    """A prompt, and a scene that meets the share of its requirements that makes the wanted score."""
+    for _ in range(_PAIR_TRIES):
+        prompt = _any_prompt(rng)
+        shown = prompt if wanted == 5 else corrupt_prompt(rng, prompt, rng.uniform(0.2, 1.0))
+        if wanted <= 2 and rng.random() < 0.3:
+            shown = _any_prompt(rng)
+        scene = sample_scene(rng, shown)
+        share = np.mean([requirement.holds(scene) for requirement in prompt.requirements])
+        if oracle.share_to_score(float(share)) == wanted:
+            break
+    return prompt, scene
+
+
+def _aged(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """The picture as a generator might have drawn it: clean, slightly spoiled, or with blobs for shapes."""
+    draw = rng.random()
+    if draw < 0.45:
+        return image
+    if draw < 0.9:
+        return degrade(rng, image, severity=rng.uniform(0.03, 0.25))
+    return degrade(rng, image, "distort", rng.uniform(0.4, 1.0))
