@@ -16,6 +16,7 @@ def _job(name: str) -> ConfigDict:
         {
             "job": name,
             "seed": 0,
+            "cpu_devices": 2,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "train": {"warmup_steps": 100, "max_grad_norm": 1.0, "ema": 0.999, "weight_decay": 1e-4},
             "eval": {"every": 1},
@@ -47,17 +48,80 @@ def generator() -> ConfigDict:
     config.train.update({"epochs": 20, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3})
     config.train.wrong = 0.35
     config.train.unconditional = 0.1
-    config.eval.update({"every": 5, "prompts": 48, "images_per_prompt": 2, "steps": 20})
+    config.eval.update({"every": 2, "prompts": 256, "steps": 10})
     config.vae = config_dict.placeholder(str)  # the folder that the autoencoder job left
     config.shift = 3.0
-    config.text = {"clip_length": CLIP_LENGTH, "t5_length": T5_LENGTH}
-    config.clip_widths = (32, 48)
-    config.t5_width = 96
-    config.transformer = {"layers": 5, "heads": 4, "head_width": 24, "dual_attention_layers": (0, 1)}
+    config.sample_size = 64
+    config.text = {
+        "clip_length": CLIP_LENGTH,
+        "t5_length": T5_LENGTH,
+        "clip_widths": (32, 48),
+        "t5_width": 96,
+        "layers": 2,
+        "heads": 4,
+    }
+    config.transformer = {
+        "num_layers": 5,
+        "num_attention_heads": 4,
+        "attention_head_dim": 24,
+        "patch_size": 2,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0, 1),
+        "qk_norm": "rms_norm",
+    }
     return config
 
 
-VARIANTS = {"autoencoder": autoencoder, "generator": generator}
+def critic_gen() -> ConfigDict:
+    """A Qwen3-VL critic of generated pictures, trained on the oracle's answers from random weights."""
+    config = _job("critic_sft")
+    del config.train.ema, config.train.warmup_steps
+    config.train.update({"epochs": 28, "steps_per_epoch": 100, "batch_size": 32, "learning_rate": 1.5e-3})
+    config.train.update({"warmup_ratio": 0.05, "b1": 0.9, "b2": 0.98, "weight_decay": 0.01})
+    config.train.lengths = (96, 144, 192)  # of quality, and of most and of all alignment examples, in tokens
+    config.train.update({"compute_dtype": "float32", "stored_dtype": "float16", "remat": "none"})
+    config.critic = {"model": config_dict.placeholder(str), "rubrics": config_dict.placeholder(str)}
+    config.data = {"source": "shapes", "held_out": config_dict.placeholder(str), "examples": 40_000}
+    config.data.update({"samples": config_dict.placeholder(str), "samples_share": 0.3})
+    config.eval.update({"every": 4, "examples": 256, "batch_size": 128, "max_new_tokens": 128})
+    config.miniature = {
+        "vocab_size": 800,
+        "texts": 600,
+        "min_pixels": 64 * 64,
+        "max_pixels": 64 * 64,
+        "text": {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": (6, 5, 5),
+                "mrope_interleaved": True,
+            },
+        },
+        "vision": {
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_heads": 4,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": (1, 2),
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "in_channels": 3,
+        },
+    }
+    return config
+
+
+VARIANTS = {"autoencoder": autoencoder, "generator": generator, "critic_gen": critic_gen}
 
 
 def get_config(variant: str = "") -> ConfigDict:

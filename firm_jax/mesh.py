@@ -6,6 +6,7 @@ splits heads and feed-forward width. An axis of size 1 costs nothing, so one cod
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +56,17 @@ def shard_batch(tree, mesh: Mesh | None, axis: int = 0):
     if mesh is None or mesh.empty:
         return jax.tree.map(jax.numpy.asarray, tree)
     return jax.device_put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES)))
+
+
+def to_host(tree):
+    """Global arrays as host arrays, whole, on every process."""
+
+    def one(array):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
+
+    return jax.tree.map(one, tree)
 
 
 def replicate(tree, mesh: Mesh | None):

@@ -5,7 +5,10 @@ uninterrupted one would have seen, and no data state has to be kept.
 """
 
 import dataclasses
+import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,54 +19,71 @@ from flax import nnx
 
 from firm_jax import models
 from firm_jax.errors import NonFiniteError
+from firm_jax.generation.schedules import noised
+from firm_jax.generation.sd3 import SD3Generator, read_scheduler
+from firm_jax.generation.text import TextEncoders, load_tokenizer
+from firm_jax.interop.hub import resolve
 from firm_jax.mesh import make_mesh, replicate, shard_batch
+from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from firm_jax.models.sd3 import SD3Config, SD3Transformer
+from firm_jax.models.t5 import T5Config, T5Encoder
 from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
-from firm_jax.rl.nft import ema_decay
 from firm_jax.run import Run
 from firm_jax.shapes import oracle, teach
+from firm_jax.shapes.scene import prompts as shapes_prompts
+from firm_jax.shapes.tokenizers import save_tokenizers
+from firm_jax.sharding import path_name
 
 
-def fit(run: Run, config, params, loss: Callable, batch_at: Callable, evaluate: Callable):
+def fit(run: Run, config, mesh, params, loss: Callable, batch_at: Callable, evaluate: Callable, fixed: str = r"(?!)"):
     """AdamW with warm-up and cosine decay on `loss(params, batch, key) -> (scalar, metrics)`.
 
-    `batch_at(step)` gives the host arrays of one step, `evaluate(params)` the metrics of the averaged weights, asked
-    for every `eval.every` epochs. Returns the exponential moving average of the parameters (decay `train.ema`).
+    `batch_at(step)` gives the host arrays of one step; `evaluate(params, epoch)` the metrics of the averaged weights,
+    asked for every `eval.every` epochs and after the last. Parameters whose path matches `fixed` are not trained.
+    Returns the exponential moving average of the parameters (decay `train.ema`).
     """
-    mesh, train = jax.sharding.get_mesh(), config.train
+    train = config.train
     steps = train.epochs * train.steps_per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, steps)
-    optimizer = optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(train.max_grad_norm), optax.adamw(schedule, b2=0.99, weight_decay=train.weight_decay)
     )
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "fixed" if re.search(fixed, path_name(path)) else "trained", params
+    )
+    optimizer = optax.partition({"trained": adamw, "fixed": optax.set_to_zero()}, labels)
     root = jax.random.key(config.seed)
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0)
     def update(state, batch):
         key = jax.random.fold_in(root, state["step"])
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch, key)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         step = state["step"] + 1
-        decay = ema_decay(step, train.ema)
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
+        # The average starts young, or the fresh weights would stay in it for long.
+        decay = jnp.minimum(train.ema, (1 + step) / (10 + step))
+        ema = optax.incremental_update(params, state["ema"], 1 - decay)
         metrics = metrics | {"grad/norm": optax.global_norm(grads)}
         return {"params": params, "ema": ema, "optimizer": optimizer_state, "step": step}, metrics
 
-    state = {"params": params, "ema": params, "optimizer": optimizer.init(params), "step": jnp.int32(0)}
+    ema = jax.tree.map(jnp.copy, params)
+    state = {"params": params, "ema": ema, "optimizer": optimizer.init(params), "step": jnp.int32(0)}
     done = 0
     if restored := run.restore(state):
         state, done = restored.state, restored.epoch
     for epoch in run.loop(done, train.epochs):
         with run.timer("update"):
             totals = None
-            for step in run.progress(range(train.steps_per_epoch), f"epoch {epoch + 1}"):
-                batch = shard_batch(batch_at(epoch * train.steps_per_epoch + step), mesh)
-                state, metrics = update(state, batch)
+            for step in run.progress(range(train.steps_per_epoch), f"epoch {epoch + 1} of {train.epochs}"):
+                state, metrics = update(state, shard_batch(batch_at(epoch * train.steps_per_epoch + step), mesh))
                 totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
             metrics = {name: float(total) / train.steps_per_epoch for name, total in totals.items()}
-        if not all(np.isfinite(value) for value in metrics.values()):
+        lost = sorted(name for name, value in metrics.items() if not np.isfinite(value))
+        if lost:
             raise NonFiniteError(
-                f"epoch {epoch + 1}: {metrics}; lower train.learning_rate and start from the last checkpoint"
+                f"epoch {epoch + 1}: {', '.join(lost)} not finite; nothing of this epoch was saved. "
+                "Lower train.learning_rate and start again from the last checkpoint."
             )
         if (epoch + 1) % config.eval.every == 0 or epoch + 1 == train.epochs:
             with run.timer("eval"):
@@ -127,7 +147,7 @@ def train_autoencoder(config, workdir: str) -> None:
             run.images("reconstructions", pairs, captions, step=epoch * config.train.steps_per_epoch, epoch=epoch)
             return {"eval/psnr": float(psnr.mean()), "eval/oracle_agreement": float(np.mean(same))}
 
-        params = fit(run, config, params, autoencoder_loss(graph, config), batch_at, evaluate)
+        params = fit(run, config, mesh, params, autoencoder_loss(graph, config), batch_at, evaluate)
         latents = np.asarray(encode(params, shard_batch(held_out, mesh)))
         vae = nnx.merge(graph, params)
         scaling = {"scaling_factor": 1 / float(latents.std()), "shift_factor": float(latents.mean())}
@@ -144,3 +164,155 @@ def _same_reading(image: np.ndarray, decoded: np.ndarray) -> bool:
         return scene.background, sorted((s.kind, s.color, s.size) for s in scene.shapes)
 
     return content(before) == content(after)
+
+
+def flow_matching_loss(generator: SD3Generator, config) -> Callable:
+    """Rectified flow: the squared error of the velocity `noise - x0` at `x_t = (1 - t) x0 + t noise`.
+
+    t is logit-normal, moved by the schedule's shift as the sampler's sigmas are. The text encoders learn along; a
+    share `train.unconditional` of the captions arrives empty, for classifier-free guidance.
+    """
+
+    def loss(params, batch, key):
+        noise_key, time_key = jax.random.split(key)
+        mean, _ = nnx.merge(generator.vae_graphdef, generator.vae_params).encode(batch["images"] * 2 - 1)
+        x0 = (mean - generator.vae_config.shift_factor) * generator.vae_config.scaling_factor
+        t = jax.nn.sigmoid(jax.random.normal(time_key, x0.shape[:1]))
+        t = config.shift * t / (1 + (config.shift - 1) * t)
+        noise = jax.random.normal(noise_key, x0.shape)
+        conditioning = generator.text_encoders.encode(params["text"], batch["ids"], config.text.t5_length)
+        v = generator.velocity(params["transformer"], None, noised(x0, noise, t), t, conditioning)
+        total = jnp.square(v - (noise - x0)).mean()
+        return total, {"loss/total": total}
+
+    return loss
+
+
+def train_flow_matching(config, workdir: str) -> None:
+    """Train an SD3 pipeline on the shapes world; leaves it as a diffusers folder in `workdir/model`.
+
+    The pictures follow their captions only in part (`train.wrong`), so the generator learns to draw every concept
+    and not to obey: what reinforcement learning is for.
+    """
+    mesh, folder = make_mesh(**config.mesh), Path(workdir) / "model"
+    vae = models.from_pretrained(resolve(config.vae), mesh=mesh)
+    with Run(config, workdir) as run, jax.set_mesh(mesh):
+        if run.is_main:
+            _write_pipeline_files(folder, config)
+        generator = _new_generator(folder, vae, config, mesh)
+        params = replicate({"transformer": generator.params, "text": generator.text_encoders.params}, mesh)
+
+        def batch_at(step):
+            rng = np.random.default_rng([config.seed, 0, step])
+            captions, images = teach.generator_batch(rng, config.train.batch_size, config.train.wrong)
+            dropped = rng.random(len(captions)) < config.train.unconditional
+            captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+            return {"images": images, "ids": generator.text_encoders.tokenize(captions, config.text.t5_length)}
+
+        held_out = shapes_prompts("test", config.eval.prompts)
+
+        def evaluate(params, epoch):
+            generator.params, generator.text_encoders.params = params["transformer"], params["text"]
+            size = config.sample_size
+            images = generator.sample(
+                [prompt.text for prompt in held_out], steps=config.eval.steps, guidance=1.0, solver="dpm2",
+                height=size, width=size, max_text_tokens=config.text.t5_length,
+            )  # fmt: skip
+            holds = [oracle.check(image, prompt) for image, prompt in zip(images, held_out, strict=True)]
+            captions = [f"{p.text} | {np.mean(h):.2f}" for p, h in zip(held_out, holds, strict=True)]
+            run.images("samples", images[:32], captions[:32], step=epoch * config.train.steps_per_epoch, epoch=epoch)
+            return {
+                "eval/oracle_fraction": float(np.mean([np.mean(h) for h in holds])),
+                "eval/oracle_accuracy": float(np.mean([all(h) for h in holds])),
+            }
+
+        params = fit(
+            run, config, mesh, params, flow_matching_loss(generator, config), batch_at, evaluate,
+            fixed=r"pos_embed\.pos_embed",
+        )  # fmt: skip
+        if run.is_main:
+            _save_networks(folder, generator, params, vae)
+
+
+def _new_generator(folder: Path, vae: AutoencoderKL, config, mesh) -> SD3Generator:
+    """The pipeline of the config with fresh transformer and text encoders; tokenizers and schedule from its folder."""
+    rngs, text = nnx.Rngs(config.seed), config.text
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    tokenizers = {name: load_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in names}
+    clip = tokenizers["text_encoder"]
+    networks = {
+        name: CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=text.layers,
+                num_attention_heads=text.heads,
+                projection_dim=width,
+                max_position_embeddings=text.clip_length,
+                hidden_act="quick_gelu" if name == "text_encoder" else "gelu",
+                eos_token_id=clip.eos_token_id,
+            ),
+            rngs=rngs,
+        )
+        for name, width in zip(names[:2], text.clip_widths, strict=True)
+    }
+    networks["text_encoder_3"] = T5Encoder(
+        T5Config(
+            vocab_size=len(tokenizers["text_encoder_3"]),
+            d_model=text.t5_width,
+            d_kv=text.t5_width // text.heads,
+            d_ff=2 * text.t5_width,
+            num_layers=text.layers,
+            num_heads=text.heads,
+        ),
+        rngs=rngs,
+    )
+    width = config.transformer.num_attention_heads * config.transformer.attention_head_dim
+    transformer = SD3Transformer(
+        SD3Config(
+            **config.transformer,
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            sample_size=config.sample_size // vae.config.downscale,
+            joint_attention_dim=text.t5_width,
+            caption_projection_dim=width,
+            pooled_projection_dim=sum(text.clip_widths),
+        ),
+        rngs=rngs,
+    )
+    text_encoders = TextEncoders(tokenizers, networks, text.t5_width, mesh)
+    return SD3Generator(transformer, vae, text_encoders, read_scheduler(folder), mesh)
+
+
+def _write_pipeline_files(folder: Path, config) -> None:
+    """What a diffusers SD3 folder holds beside its networks: the index, the schedule, the tokenizers."""
+    text = {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"}
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{f"{name}{suffix}": ["transformers", kind] for name, kind in text.items() for suffix in ("", "_2")},
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    }
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": config.shift,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    save_tokenizers(folder, config.text.clip_length)
+
+
+def _save_networks(folder: Path, generator: SD3Generator, params, vae: AutoencoderKL) -> None:
+    models.save_pretrained(vae, folder / "vae", dtype="float16")
+    models.save_pretrained(
+        nnx.merge(generator.graphdef, params["transformer"]), folder / "transformer", dtype="float16"
+    )
+    for name, graphdef in generator.text_encoders.graphdefs.items():
+        models.save_pretrained(nnx.merge(graphdef, params["text"][name]), folder / name, dtype="float16")

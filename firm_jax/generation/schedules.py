@@ -199,3 +199,9 @@ def _check_steps(steps: int) -> None:
 
 def _finished(sigmas: np.ndarray) -> Float[Array, "steps+1"]:
     return jnp.asarray(np.append(sigmas, 0.0), jnp.float32)
+
+
+def noised(x0: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Float[Array, "B"]) -> Float[Array, "B ..."]:
+    """The forward process of rectified flows: `x_t = (1 - t) x0 + t noise`, t in [0, 1] per sample."""
+    t = jnp.reshape(t, (-1,) + (1,) * (x0.ndim - 1))
+    return (1 - t) * x0 + t * noise

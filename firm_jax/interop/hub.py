@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from firm_jax.embedded import embedded_path
 from firm_jax.errors import WeightsError
 
 # Everything a pipeline or model folder needs, and none of the second copies that repositories keep beside it.
@@ -36,6 +37,8 @@ def resolve(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Pa
 
     Raises WeightsError naming the id, where it was looked for, the token variable, and what to do.
     """
+    if embedded := embedded_path(str(path_or_id)):
+        return embedded
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder

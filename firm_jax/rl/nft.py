@@ -18,12 +18,6 @@ Tree = TypeVar("Tree")
 SMALLEST_ERROR = 1e-5  # floor of the self-normalising denominator, in latent units
 
 
-def noised(x0: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Float[Array, "B"]) -> Float[Array, "B ..."]:
-    """The forward process: `x_t = (1 - t) x0 + t noise`, t in [0, 1] per sample."""
-    t = _per_sample(t, x0.ndim)
-    return (1 - t) * x0 + t * noise
-
-
 def nft_loss(
     v: Float[Array, "B ..."],
     v_old: Float[Array, "B ..."],

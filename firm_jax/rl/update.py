@@ -1,14 +1,19 @@
 """The NFT update: one jitted program from a batch of judged rollouts to the next LoRA."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from firm_jax.data.groups import EpochGroups
+from firm_jax.generation import initial_noise
+from firm_jax.generation.schedules import noised
+from firm_jax.mesh import batch_size, shard_batch
 from firm_jax.models.layers import take_rows
 from firm_jax.models.lora import scaled, zeros_like
-from firm_jax.rl.nft import ema_decay, mix, nft_loss, noised
+from firm_jax.rl.nft import ema_decay, mix, nft_loss
 
 
 def make_optimizer(train) -> optax.GradientTransformation:
@@ -61,7 +66,7 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
 
             def timestep(total, scanned):
                 number, t = scanned
-                noise = sample_noise(jax.random.fold_in(key, number), part["sample"], part["x0"].shape[1:])
+                noise = initial_noise(jax.random.fold_in(key, number), part["sample"], part["x0"].shape[1:])
                 grads, terms = jax.grad(timestep_loss, has_aux=True)(
                     state["lora"], state["old"], params, part, t, noise, rows
                 )
@@ -91,6 +96,26 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
     return update
 
 
-def sample_noise(key, samples, shape: tuple[int, ...]):
-    """Standard normal [B, *shape], sample i from `fold_in(key, samples[i])`: whoever shares its batch."""
-    return jax.vmap(lambda sample: jax.random.normal(jax.random.fold_in(key, sample), shape))(samples)
+def optimizer_batches(group: EpochGroups, latents, r, valid, sigmas, seed: int, settings, mesh) -> Iterator[dict]:
+    """The epoch's M samples, shuffled, as `updates_per_epoch` batches of micro-batches for the update.
+
+    Every sample comes at `timesteps` points of its rollout's schedule, drawn without replacement (all arrays indexed
+    by sample are host arrays [M, ...]). The last micro-batch is filled up with samples that count for nothing.
+    """
+    rng = np.random.default_rng([seed, group.epoch])
+    order = rng.permutation(len(latents))
+    points = np.argsort(rng.random((len(latents), len(sigmas) - 1)), axis=1)[:, : settings.timesteps]
+    noise_shares = np.asarray(sigmas, np.float32)[points]
+    size = settings.micro_batch + -settings.micro_batch % batch_size(mesh)
+    for part in np.array_split(order, settings.updates_per_epoch):
+        rows = np.resize(part, -(-len(part) // size) * size).reshape(-1, size)
+        counted = (np.arange(rows.size) < len(part)).reshape(rows.shape)
+        by_sample = {
+            "x0": latents[rows],
+            "r": np.asarray(r)[rows],
+            "valid": counted & np.asarray(valid)[rows],
+            "prompt": group.group_ids[rows],
+            "sample": group.sample_indices[rows],
+        }
+        t = noise_shares[rows].transpose(0, 2, 1)
+        yield shard_batch(by_sample, mesh, axis=1) | {"t": shard_batch(t, mesh, axis=2)}

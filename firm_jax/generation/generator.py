@@ -1,0 +1,202 @@
+"""Prompts to images with any supported diffusers pipeline folder."""
+
+import contextlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from firm_jax.errors import ConfigError
+from firm_jax.generation.solvers import integrate
+from firm_jax.interop.hub import resolve
+from firm_jax.mesh import batch_size, replicate, shard_batch
+from firm_jax.models.layers import repeat_batch, reshape, take_rows
+
+# Pipeline class in model_index.json -> module of this package, class
+PIPELINES = {"StableDiffusion3Pipeline": ("sd3", "SD3Generator")}
+
+DECODED_PIXELS = 2**22  # that one device decodes at a time: sixteen images of 512 x 512
+
+
+class Generator:
+    """A pipeline's networks on a mesh, and the pure functions over them that sampling and training share.
+
+    `params` and `vae_params` are the weights as pytrees: they, and everything that changes, are arguments of the pure
+    functions, so that a caller can jit them into a program of its own. Latents are [B, h, w, C] there, in the
+    transformer's units; `lora` is a tree of adapters with its strength folded in (models/lora.py), or None. A
+    subclass for each family of pipelines gives `encode_prompts`, `velocity`, `decode`, `latent_shape` and `sigmas`.
+    """
+
+    params: object
+    vae_params: object
+
+    def __init__(self, mesh: Mesh | None, lora: dict | None):
+        self.mesh, self.lora = mesh, lora
+        self._rollout = jax.jit(self._rollout_rows, static_argnames="solver")
+        self._decode = jax.jit(self.decode)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, dtype="bfloat16", mesh: Mesh | None = None, lora: dict | None = None):
+        """A generator from a diffusers pipeline folder or Hugging Face id.
+
+        dtype: of the transformer and the text encoders; the autoencoder is kept in float32. lora: a tree of adapters
+        with its strength folded in. Raises ConfigError for a folder that is not a supported pipeline, WeightsError
+        for weights that are missing or do not fit.
+        """
+        folder = resolve(path_or_id)
+        index = read_model_index(folder)
+        module, name = PIPELINES[index["_class_name"]]
+        pipeline = getattr(importlib.import_module(f"firm_jax.generation.{module}"), name)
+        return pipeline.from_folder(folder, index, dtype, mesh, lora)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        images=None,
+        steps: int = 28,
+        guidance: float = 4.5,
+        solver: str = "euler",
+        seed: int = 0,
+        noise: Float[np.ndarray, "B C h w"] | None = None,
+        height: int = 512,
+        width: int = 512,
+        max_text_tokens: int | None = None,
+        source_area: int | None = None,
+        condition_area: int | None = None,
+    ) -> Float[np.ndarray, "B H W 3"]:
+        """One image a prompt, float32 in [0, 1].
+
+        Args:
+            prompts: B texts; B times the same one gives B different images.
+            images: source images, for editing pipelines only, as are `source_area` and `condition_area` (pixels).
+            steps: network evaluations (two forward passes each with guidance).
+            guidance: strength of classifier-free guidance against the empty prompt; at 1 and below there is none.
+            solver: "euler", "dpm2" or "sde".
+            seed: of the initial noise and of the "sde" solver; image i depends on (seed, i) alone.
+            noise: the initial latents, as diffusers lays them out, in the place of the seed's.
+            height, width: of the images, in pixels.
+            max_text_tokens: length of the long text encoder's input, by default 256 (T5).
+
+        Raises:
+            ConfigError: for an unsupported size, no prompts, source images where the pipeline takes none, noise of
+                another shape, an unknown solver, or steps below 1.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ConfigError("sample needs at least one prompt")
+        given = {"images": images, "source_area": source_area, "condition_area": condition_area}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{name} is for editing; {type(self).__name__} draws images from text alone")
+        B, shape = len(prompts), self.latent_shape(height, width)
+        sigmas = self.sigmas(steps, height, width)
+        # The mesh's devices share the batch evenly: it is filled up with copies of the last image.
+        rows = np.minimum(np.arange(B + -B % batch_size(self.mesh)), B - 1)
+        noise_key, solver_key = jax.random.split(jax.random.key(seed))
+        noise = initial_noise(noise_key, rows, shape) if noise is None else _channels_last(noise, B, shape)[rows]
+        keys = jax.vmap(lambda row: jax.random.fold_in(solver_key, row))(rows)
+        with self._on_mesh():
+            conditioning = self.encode_prompts(prompts, max_text_tokens)
+            negative = self.encode_prompts([""], max_text_tokens) if guidance > 1 else None
+            batch = shard_batch((rows, noise, keys), self.mesh)
+            schedule = replicate((sigmas, guidance), self.mesh)
+            latents = self._rollout(self.params, self.lora, conditioning, negative, *batch, *schedule, solver=solver)
+            return self._decode_on_host(np.asarray(latents))[:B]
+
+    def rollout(
+        self,
+        params,
+        lora,
+        noise: Float[Array, "B h w C"],
+        sigmas: Float[Array, "steps+1"],
+        conditioning,
+        *,
+        guidance=1.0,
+        negative=None,
+        solver: str = "dpm2",
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B h w C"]:
+        """From noise to the final latents: a scan over the schedule. Pure.
+
+        conditioning: B rows. negative: one row, what guidance leads away from; without it there is one forward pass
+        a step and `guidance` has no part. key: for the "sde" solver, one key or B.
+        """
+
+        def velocity(x, sigma):
+            t = repeat_batch(sigma[None], x)
+            if negative is None:
+                return self.velocity(params, lora, x, t, conditioning)
+            v = self.velocity(params, lora, _pairs(x, x), _pairs(t, t), paired)
+            v = reshape(v, x.shape[0], 2, *x.shape[1:])
+            return v[:, 0] + guidance * (v[:, 1] - v[:, 0])
+
+        if negative is not None:
+            paired = jax.tree.map(lambda row, rows: _pairs(repeat_batch(row, rows), rows), negative, conditioning)
+        return integrate(velocity, noise, sigmas, solver=solver, key=key)
+
+    def _rollout_rows(self, params, lora, conditioning, negative, rows, noise, keys, sigmas, guidance, *, solver):
+        conditioning = jax.tree.map(lambda table: take_rows(table, rows), conditioning)
+        return self.rollout(
+            params, lora, noise, sigmas, conditioning, guidance=guidance, negative=negative, solver=solver, key=keys
+        )
+
+    def _decode_on_host(self, latents: np.ndarray) -> np.ndarray:
+        """Images of host latents, a few at a time: a decoder's activations outweigh its images a hundredfold."""
+        height, width = self.image_size(*latents.shape[1:3])
+        devices = batch_size(self.mesh)
+        chunk = min(max(1, DECODED_PIXELS // (height * width)) * devices, len(latents))
+        images = []
+        for start in range(0, len(latents), chunk):
+            rows = np.minimum(np.arange(start, start + chunk), len(latents) - 1)
+            images.append(np.asarray(self._decode(self.vae_params, shard_batch(latents[rows], self.mesh))))
+        return np.concatenate(images)[: len(latents)]
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def initial_noise(key: PRNGKeyArray, indices: Int[Array, "B"], latent_shape: Sequence[int]) -> Float[Array, "B h w C"]:
+    """Standard normal latents; sample `indices[i]` of a run has its own, whichever batch or device draws it."""
+
+    def one(index):
+        return jax.random.normal(jax.random.fold_in(key, index), latent_shape)
+
+    return jax.vmap(one)(jnp.asarray(indices))
+
+
+def read_model_index(folder: Path) -> dict:
+    """The model_index.json of a pipeline folder; ConfigError when it is not a supported pipeline."""
+    file = folder / "model_index.json"
+    supported = f"supported pipelines: {', '.join(sorted(PIPELINES))}"
+    try:
+        index = json.loads(file.read_text())
+    except FileNotFoundError:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        raise ConfigError(
+            f"{folder} is not a diffusers pipeline: no model_index.json, but {found}; {supported}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    name = index.get("_class_name") if isinstance(index, Mapping) else None
+    if name not in PIPELINES:
+        raise ConfigError(f"{file}: the pipeline class is {name!r}; {supported}")
+    return index
+
+
+def _pairs(first, second):
+    """Two batches as one of twice the size, row beside row: every device keeps the rows it has."""
+    return reshape(jnp.stack([first, second], axis=1), 2 * first.shape[0], *first.shape[1:])
+
+
+def _channels_last(noise, batch: int, latent_shape: tuple[int, int, int]) -> np.ndarray:
+    h, w, channels = latent_shape
+    noise = np.asarray(noise, np.float32)
+    if noise.shape != (batch, channels, h, w):
+        raise ConfigError(f"noise must have shape [B, C, h, w] = {[batch, channels, h, w]}, not {list(noise.shape)}")
+    return np.moveaxis(noise, 1, -1)

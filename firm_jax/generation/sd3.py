@@ -1,0 +1,167 @@
+"""The Stable Diffusion 3 pipeline: SD3-medium, SD3.5-medium, SD3.5-large."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from firm_jax import models
+from firm_jax.errors import ConfigError, WeightsError
+from firm_jax.generation.generator import Generator
+from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
+from firm_jax.generation.text import (
+    CLIP_ENCODERS,
+    DEFAULT_TEXT_TOKENS,
+    T5_ENCODER,
+    Conditioning,
+    TextEncoders,
+    tokenizer_name,
+)
+
+PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+REQUIRED = ("transformer", "vae", "scheduler", *CLIP_ENCODERS, *map(tokenizer_name, CLIP_ENCODERS))
+T5_PARTS = (T5_ENCODER, tokenizer_name(T5_ENCODER))
+UNSUPPORTED = ("image_encoder", "feature_extractor")  # of IP adapters
+
+
+class SD3Generator(Generator):
+    """Text to image with the SD3 transformer, two CLIP text encoders, optionally T5, and AutoencoderKL."""
+
+    def __init__(
+        self,
+        transformer: nnx.Module,
+        vae: nnx.Module,
+        text_encoders: TextEncoders,
+        scheduler: Mapping,
+        mesh: Mesh | None = None,
+        lora: dict | None = None,
+    ):
+        super().__init__(mesh, lora)
+        self.config, self.vae_config = transformer.config, vae.config
+        self.graphdef, self.params = nnx.split(transformer)
+        self.vae_graphdef, self.vae_params = nnx.split(vae)
+        self.text_encoders, self.scheduler = text_encoders, dict(scheduler)
+        self.timesteps = (SCHEDULER_DEFAULTS | self.scheduler)["num_train_timesteps"]
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """ConfigError unless the networks fit each other."""
+        config, text = self.config, self.text_encoders.configs
+        clip = [text[name] for name in CLIP_ENCODERS]
+        latents, pooled, width = config.in_channels, config.pooled_projection_dim, config.joint_attention_dim
+        sizes = [
+            ("channels of the transformer's output", config.velocity_channels, latents),
+            ("latent channels of the vae", self.vae_config.latent_channels, latents),
+            ("pooled features of the CLIP encoders", sum(encoder.projection_dim for encoder in clip), pooled),
+            ("width of the T5 encoder", text[T5_ENCODER].d_model if T5_ENCODER in text else width, width),
+        ]
+        for what, size, needed in sizes:
+            if size != needed:
+                raise ConfigError(f"the pipeline's parts do not fit: {what} {size}, by the transformer {needed}")
+        if (together := sum(encoder.hidden_size for encoder in clip)) > width:
+            raise ConfigError(
+                f"the pipeline's parts do not fit: CLIP's states are {together} wide together, more than the "
+                f"transformer's joint_attention_dim {width}"
+            )
+
+    @classmethod
+    def from_folder(cls, folder: Path, index: Mapping, dtype, mesh: Mesh | None, lora: dict | None) -> "SD3Generator":
+        """The pipeline whose model_index.json is `index`; text_encoder_3 (T5) may be null there."""
+        present = {name for name, kind in index.items() if not name.startswith("_") and kind != [None, None]}
+        with_t5 = T5_ENCODER in present
+        missing = sorted({*REQUIRED, *(T5_PARTS if with_t5 else ())} - present)
+        unsupported = sorted(present - {*REQUIRED, *T5_PARTS})
+        if missing:
+            raise ConfigError(f"{folder / 'model_index.json'} lacks {', '.join(missing)}")
+        if unsupported:
+            raise ConfigError(f"{folder / 'model_index.json'} names parts that are not supported: {unsupported}")
+        transformer = models.from_pretrained(folder / "transformer", dtype=dtype, mesh=mesh)
+        vae = models.from_pretrained(folder / "vae", dtype="float32", mesh=mesh)
+        encoders = (*CLIP_ENCODERS, T5_ENCODER) if with_t5 else CLIP_ENCODERS
+        width = transformer.config.joint_attention_dim
+        text_encoders = TextEncoders.from_folder(folder, encoders, width, dtype, mesh)
+        return cls(transformer, vae, text_encoders, read_scheduler(folder), mesh, lora)
+
+    def save_pretrained(self, folder, dtype=None) -> None:
+        """Write the pipeline as a folder that diffusers opens; dtype None keeps that of each part's weights."""
+        folder = Path(folder)
+        parts = {
+            "transformer": nnx.merge(self.graphdef, self.params),
+            "vae": nnx.merge(self.vae_graphdef, self.vae_params),
+            **self.text_encoders.networks(),
+        }
+        index: dict = {"_class_name": PIPELINE, "scheduler": ["diffusers", SCHEDULER]}
+        index |= {name: [None, None] for name in (*T5_PARTS, *UNSUPPORTED)}
+        for name, network in parts.items():
+            models.save_pretrained(network, folder / name, dtype=dtype)
+            index[name] = ["transformers" if "text_encoder" in name else "diffusers", network.hf_class]
+        for encoder, tokenizer in self.text_encoders.tokenizers.items():
+            name = tokenizer_name(encoder)
+            tokenizer.save_pretrained(folder / name)
+            index[name] = ["transformers", type(tokenizer).__name__]
+        (folder / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
+        for file, content in (
+            ("model_index.json", index),
+            (SCHEDULER_FILE, {"_class_name": SCHEDULER} | self.scheduler),
+        ):
+            (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def encode_prompts(self, prompts: Sequence[str], max_text_tokens: int | None = None) -> Conditioning:
+        """Context [P, T, D] and pooled vectors [P, E]; T is CLIP's length plus `max_text_tokens` (None: 256)."""
+        return self.text_encoders(prompts, DEFAULT_TEXT_TOKENS if max_text_tokens is None else max_text_tokens)
+
+    def velocity(
+        self,
+        params,
+        lora: dict | None,
+        x: Float[Array, "B h w C"],
+        t: Float[Array, "B"],
+        conditioning: Conditioning,
+        *,
+        remat: str = "none",
+    ) -> Float[Array, "B h w C"]:
+        """The predicted `noise - image`, float32, at noise share t in [0, 1]; pure, for rollout and training alike."""
+        transformer = nnx.merge(self.graphdef, params)
+        timestep = t.astype(jnp.float32) * self.timesteps
+        v = transformer(x, timestep, conditioning.context, conditioning.pooled, lora=lora, remat=remat)
+        return v.astype(jnp.float32)
+
+    def decode(self, vae_params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """The images of final latents, float32 in [0, 1]; pure."""
+        latents = latents / self.vae_config.scaling_factor + self.vae_config.shift_factor
+        images = nnx.merge(self.vae_graphdef, vae_params).decode(latents)
+        return jnp.clip(images / 2 + 0.5, 0, 1).astype(jnp.float32)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, C) of an image's latents; ConfigError for a size that the networks do not take."""
+        scale = self.vae_config.downscale
+        multiple = scale * self.config.patch_size
+        if height % multiple or width % multiple:
+            raise ConfigError(f"height and width must be multiples of {multiple}, not {height} x {width}")
+        self.config.check_latent_size(height // scale, width // scale)
+        return height // scale, width // scale, self.config.in_channels
+
+    def image_size(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width in pixels of latents h x w."""
+        return h * self.vae_config.downscale, w * self.vae_config.downscale
+
+    def sigmas(self, steps: int, height: int, width: int) -> Float[Array, "steps+1"]:
+        """The schedule that the folder's scheduler config asks for."""
+        h, w, _ = self.latent_shape(height, width)
+        return sigmas_from_config(self.scheduler, steps, (h // self.config.patch_size) * (w // self.config.patch_size))
+
+
+def read_scheduler(folder: Path) -> dict:
+    """The scheduler_config.json of a pipeline folder."""
+    file = folder / SCHEDULER_FILE
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"the pipeline lacks {file}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from error

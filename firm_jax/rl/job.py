@@ -1,0 +1,247 @@
+"""What the RL loop works with: the models, the prompts, the jitted programs, and what is said about each epoch."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from firm_jax.critic import Critic, Judgement
+from firm_jax.data.groups import EpochGroups, PromptGroups
+from firm_jax.data.prompts import load_prompts
+from firm_jax.data.records import write_quarantine
+from firm_jax.embedded import embedded_path
+from firm_jax.errors import ConfigError, CriticError, NonFiniteError, WeightsError
+from firm_jax.generation import Generator
+from firm_jax.interop.hub import resolve
+from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
+from firm_jax.profiling import model_flops_utilisation
+from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
+from firm_jax.rl.evaluate import Evaluator, mean_or_none
+from firm_jax.rl.nft import old_policy_decay
+from firm_jax.rl.rewards import resolve_reward
+from firm_jax.rl.rollout import judge, judgement_metrics, make_sampler, scores, write_judgements
+from firm_jax.rl.update import init_state, make_optimizer, make_update, optimizer_batches
+from firm_jax.run import Run
+
+# What a random key is for; each purpose has its own stream below the run's one root key.
+LORA, EVALUATION, ROLLOUT, UPDATE = range(4)
+
+
+def check_config(config) -> None:
+    """ConfigError for values that would fail, or silently do nothing, only after minutes of loading."""
+    train, group = config.train, config.group
+    resolve_reward(config.reward.name, config.reward.weights)
+    old_policy_decay(0, train.decay_type)
+    if train.adv_mode not in ADVANTAGE_MODES:
+        raise ConfigError(f"train.adv_mode is {train.adv_mode!r}; it is one of {', '.join(ADVANTAGE_MODES)}")
+    if group.images_per_prompt < 2:
+        raise ConfigError(
+            f"group.images_per_prompt is {group.images_per_prompt}: an advantage is a reward against the mean of its "
+            "group, always zero with one image. Set it to 2 or more."
+        )
+    if not 1 <= train.timesteps <= config.rollout.steps:
+        raise ConfigError(f"train.timesteps is {train.timesteps}; it is 1 to rollout.steps = {config.rollout.steps}")
+    if not 1 <= train.updates_per_epoch <= group.prompts_per_epoch * group.images_per_prompt:
+        raise ConfigError(f"train.updates_per_epoch is {train.updates_per_epoch}: more updates than images, or none")
+    if config.lora.init != "gaussian":
+        raise ConfigError(f"lora.init is {config.lora.init!r}; a LoRA begins gaussian")
+    if config.critic.score not in ("parsed", "expected"):
+        raise ConfigError(f"critic.score is {config.critic.score!r}; it is parsed or expected")
+    if config.critic.backend != "local":
+        raise ConfigError(f"critic.backend is {config.critic.backend!r}; the critic runs in the same process: local")
+
+
+def find_weights(names: Mapping[str, str]) -> dict[str, Path]:
+    """The local folder of every model; one WeightsError that tells of all that are missing."""
+    folders, missing = {}, []
+    for part, name in names.items():
+        try:
+            folders[part] = resolve(name)
+        except WeightsError as error:
+            missing.append(f"{part}: {error}")
+    if missing:
+        raise WeightsError("\n\n".join(missing))
+    return folders
+
+
+class Job:
+    """The state of an RL run outside its arrays. Made before the run's folder, so that missing weights leave none."""
+
+    def __init__(self, config, mesh):
+        self.config, self.mesh = config, mesh
+        folders = find_weights({"model": config.model, "critic.model": config.critic.model})
+        self.base_weights = {"model": config.model, "critic": config.critic.model}
+        self.prompts = load_prompts(
+            embedded_path(config.prompts.train) or config.prompts.train,
+            held_out_source=config.prompts.held_out
+            and (embedded_path(config.prompts.held_out) or config.prompts.held_out),
+            max_bad_fraction=config.prompts.max_bad_fraction,
+        )
+        self.groups = PromptGroups(self.prompts.train, seed=config.seed, **config.group)
+        self.generator = Generator.from_pretrained(folders["model"], dtype=config.dtype, mesh=mesh)
+        self.critic = Critic.from_pretrained(
+            folders["critic.model"],
+            dtype=config.dtype,
+            mesh=mesh,
+            rubrics=config.critic.rubrics,
+            max_batch=config.critic.batch_size,
+        )
+        self.reward_function = resolve_reward(config.reward.name, config.reward.weights)
+        self.keys = [jax.random.fold_in(jax.random.key(config.seed), purpose) for purpose in range(4)]
+        self.lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+        self.skipped = 0
+
+    def begin(self, run: Run) -> tuple[dict, int]:
+        """The state to start or to continue from, and how many epochs are done. Evaluates a policy not yet trained."""
+        config, settings = self.config, self.config.train
+        self.run = run
+        if run.is_main:
+            write_quarantine(run.workdir / "quarantine.jsonl", self.prompts.quarantined)
+        lora = init_lora(self.keys[LORA], self.generator.params, self.lora)
+        lora = jax.device_put(lora, lora_shardings(lora, self.generator.sharding_rules, self.mesh))
+        optimizer = make_optimizer(settings)
+        self._update = make_update(
+            partial(self.generator.velocity, remat=settings.remat), optimizer, settings, self.lora.scale
+        )
+        self._sample = make_sampler(self.generator, config.rollout, self.mesh, self._bar("rollout"))
+        self._sigmas = self.generator.sigmas(config.rollout.steps, config.rollout.height, config.rollout.width)
+        self._evaluate = Evaluator(
+            run, self.generator, self.critic, self.reward_function, self.prompts.held_out, config, self.keys[EVALUATION]
+        )
+        state = init_state(lora, optimizer)
+        if restored := run.restore(state):
+            self.groups.set_state(restored.data["groups"])
+            self.skipped = restored.data["skipped"]
+            return restored.state, restored.epoch
+        run.log(0, 0, self._evaluate(self._policy(state["ema"]), step=0, epoch=0))
+        return state, 0
+
+    def next_group(self) -> EpochGroups:
+        """P prompts and the K images of each. Remembers where the prompts stood, for a stop within the epoch."""
+        self._before, self._started = self._data(), time.perf_counter()
+        group = next(self.groups)
+        self.drawn_for = [group.prompts[row] for row in group.group_ids]
+        self.conditioning = self.generator.encode_prompts(
+            [prompt.text for prompt in group.prompts], self.config.rollout.max_text_tokens
+        )
+        return group
+
+    def sample(self, old, group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
+        """Final latents [M, h, w, C] and images [M, H, W, 3] of the old policy, on the host."""
+        with self.run.timer("rollout"):
+            return self._sample(
+                self._policy(old), self.conditioning, group.group_ids, group.sample_indices, self.keys[ROLLOUT]
+            )
+
+    def judge(self, images: np.ndarray) -> dict[str, list[Judgement]]:
+        """The critic's judgements of the epoch's images, by criterion of the reward."""
+        critic, criteria = self.config.critic, self.reward_function.criteria
+        with self.run.timer("critic"):
+            return judge(self.critic, images, self.drawn_for, criteria, critic, self._bar("critic"))
+
+    def reward(self, judged: dict[str, list], group: EpochGroups, state) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards [M] and which of them exist. Stops the run, saved, when too few do."""
+        found = {name: scores(judgements, self.config.critic.score) for name, judgements in judged.items()}
+        rewards, valid = self.reward_function(
+            {name: values for name, (values, _) in found.items()}, {name: exist for name, (_, exist) in found.items()}
+        )
+        rewards, valid = np.asarray(rewards), np.asarray(valid)
+        write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards)
+        rate, limit = judgement_metrics(judged, self.config.critic.score)["critic/failure_rate"], self.config.critic
+        if rate > limit.max_failure_rate:
+            self.run.save(state, self._before, step=int(state["step"]), epoch=group.epoch)
+            statuses = Counter(j.status for judgements in judged.values() for j in judgements if j.score is None)
+            raise CriticError(
+                f"epoch {group.epoch + 1}: {rate:.0%} of the critic's judgements are unusable "
+                f"({', '.join(f'{status}: {count}' for status, count in statuses.most_common())}), more than "
+                f"critic.max_failure_rate = {limit.max_failure_rate}. The run is saved in {self.run.workdir}; its "
+                "judgements.jsonl holds the answers. Is this critic served with the rubrics it was trained with "
+                "(critic.rubrics), and critic.max_new_tokens long enough?"
+            )
+        return rewards, valid
+
+    def update(self, state: dict, group: EpochGroups, latents, r, valid) -> tuple[dict, dict[str, float]]:
+        """The epoch's optimizer steps: the new state and the mean of the loss's terms."""
+        settings, terms = self.config.train, []
+        batches = optimizer_batches(group, latents, r, valid, self._sigmas, self.config.seed, settings, self.mesh)
+        with self.run.timer("update"):
+            for batch in batches:
+                key = jax.random.fold_in(self.keys[UPDATE], group.epoch)
+                state, one = self._update(self.generator.params, state, self.conditioning, batch, key)
+                terms.append({name: float(value) for name, value in one.items()})
+                if terms[-1]["update/skipped"]:
+                    self._skip(group, state, terms[-1])
+        finite = [one for one in terms if not one["update/skipped"]]
+        return state, {name: float(np.mean([one[name] for one in finite])) if finite else None for name in terms[0]}
+
+    def _skip(self, group: EpochGroups, state: dict, terms: dict[str, float]) -> None:
+        """An update that would have brought in a NaN was not made: say so, keep its prompts, stop when it repeats."""
+        self.skipped += 1
+        file = self.run.workdir / "skipped_updates.jsonl"
+        numbers = {name: repr(value) for name, value in terms.items()}
+        record = {
+            "epoch": group.epoch,
+            "step": int(state["step"]),
+            **numbers,
+            "prompts": [p.text for p in group.prompts],
+        }
+        if self.run.is_main:
+            with file.open("a") as out:
+                out.write(json.dumps(record) + "\n")
+        logging.warning("epoch %d: loss or gradient not finite, update skipped; see %s", group.epoch + 1, file)
+        limit = self.config.train.max_skipped_updates
+        if self.skipped > limit:
+            self.run.save(state, self._before, step=int(state["step"]), epoch=group.epoch)
+            raise NonFiniteError(
+                f"epoch {group.epoch + 1}: loss or gradient was not finite for the {self.skipped}th time, more than "
+                f"train.max_skipped_updates = {limit}. No such update was made; the prompts are in {file}. "
+                "Lower train.learning_rate, or look at these prompts' judgements."
+            )
+
+    def end_epoch(self, state: dict, group: EpochGroups, judged, rewards, valid, terms) -> None:
+        """Ban, evaluate, log and save, as the config asks."""
+        settings, epoch, step = self.config.train, group.epoch + 1, int(state["step"])
+        statistics = group_statistics(rewards, group.group_ids, valid)
+        if settings.ban_solved_prompts:
+            self.groups.ban(group.prompt_indices[np.unique(group.group_ids[np.asarray(solved(statistics))])])
+        metrics = terms | judgement_metrics(judged, self.config.critic.score)
+        metrics |= {
+            "reward/mean": mean_or_none(rewards),
+            "reward/std": float(np.std(rewards[valid])) if valid.any() else None,
+            "reward/group_std": float(mean_group_std(statistics)),
+            "reward/zero_std_ratio": float(zero_std_ratio(statistics)),
+            "reward/missing": int((~valid).sum()),
+            "policy/old_decay": float(old_policy_decay(step, settings.decay_type)),
+            "prompts/banned": len(self.groups.banned),
+            "update/skipped": self.skipped,
+        }
+        seconds = time.perf_counter() - self._started
+        metrics |= {
+            "throughput/images_per_s": len(rewards) / seconds,
+            "throughput/mfu": model_flops_utilisation(self._flops(len(rewards)), seconds),
+        }
+        if epoch % self.config.eval.every == 0 or epoch == settings.epochs:
+            metrics |= self._evaluate(self._policy(state["ema"]), step=step, epoch=epoch)
+        self.run.log(step, epoch, metrics)
+        self.run.safe_point(state, self._data(), step=step, epoch=epoch)
+
+    def _flops(self, images: int) -> float:
+        """The transformer's operations in an epoch: one forward a rollout step, three and a backward a timestep."""
+        rollout, train = self.config.rollout, self.config.train
+        forward = self.generator.forward_flops(rollout.height, rollout.width, self.conditioning.context.shape[1])
+        return images * forward * (rollout.steps * (2 if rollout.guidance > 1 else 1) + 5 * train.timesteps)
+
+    def _policy(self, lora):
+        return scaled(lora, self.lora.scale)
+
+    def _data(self) -> dict:
+        return {"groups": self.groups.get_state(), "skipped": self.skipped}
+
+    def _bar(self, description: str):
+        return lambda items: self.run.progress(items, description)

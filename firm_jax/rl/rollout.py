@@ -1,0 +1,138 @@
+"""Drawing and judging the images of an epoch."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from firm_jax.critic import Critic, Judgement
+from firm_jax.data.images import from_array
+from firm_jax.data.prompts import PromptRecord
+from firm_jax.generation import Generator, initial_noise
+from firm_jax.mesh import shard_batch, to_host
+from firm_jax.models.layers import take_rows
+from firm_jax.rl.rewards import normalise
+from firm_jax.run import Run
+
+# What the reward calls a criterion -> the rubric that asks the critic for it.
+RUBRICS = {"instruction": "alignment", "quality": "quality"}
+
+
+def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter) -> Callable:
+    """`sample(lora, conditioning, prompt [M], number [M], key) -> (latents [M, h, w, C], images [M, H, W, 3])`.
+
+    settings: steps, solver, guidance, height, width, batch_size (images that one call of the program draws). `prompt`
+    is each image's row in `conditioning`; `number`, its number in the run, alone decides its noise. `lora` has its
+    strength folded in. Host arrays: final latents as the update wants them, images float32 in [0, 1].
+    """
+    sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
+    shape = generator.latent_shape(settings.height, settings.width)
+    negative = generator.encode_prompts([""], settings.max_text_tokens) if settings.guidance > 1 else None
+
+    @jax.jit
+    def draw(params, vae_params, lora, conditioning, negative, prompt, number, key):
+        rows = jax.tree.map(lambda table: take_rows(table, prompt), conditioning)
+        noise = initial_noise(jax.random.fold_in(key, 0), number, shape)
+        steps_key = jax.random.fold_in(key, 1)
+        keys = jax.vmap(lambda n: jax.random.fold_in(steps_key, n))(number)
+        with jax.named_scope("rollout"):
+            latents = generator.rollout(
+                params, lora, noise, sigmas, rows,
+                guidance=settings.guidance, negative=negative, solver=settings.solver, key=keys,
+            )  # fmt: skip
+        with jax.named_scope("vae_decode"):
+            return latents, generator.decode(vae_params, latents)
+
+    def sample(lora, conditioning, prompt, number, key):
+        parts = []
+        for chunk in progress(list(_chunks(len(number), settings.batch_size))):
+            part = shard_batch((prompt[chunk], number[chunk]), mesh)
+            drawn = draw(generator.params, generator.vae_params, lora, conditioning, negative, *part, key)
+            parts.append(to_host(drawn))
+        return tuple(np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
+
+    return sample
+
+
+def _chunks(count: int, size: int) -> Iterator[np.ndarray]:
+    """Index arrays of one length that cover 0..count-1; the last is filled up with repeats."""
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size), count - 1)
+
+
+def judge(
+    critic: Critic,
+    images: np.ndarray,
+    prompts: Sequence[PromptRecord],
+    criteria: Sequence[str],
+    settings,
+    progress: Callable = iter,
+) -> dict[str, list[Judgement]]:
+    """The critic's judgements of M images: criterion of the reward -> [M]."""
+    pictures = [from_array(image) for image in images]
+    return {
+        criterion: critic.judge(
+            [
+                {"images": [picture], "prompt": p.text, "requirement": p.requirement, "criterion": RUBRICS[criterion]}
+                for picture, p in zip(pictures, prompts, strict=True)
+            ],
+            max_new_tokens=settings.max_new_tokens,
+            progress=progress,
+        )
+        for criterion in criteria
+    }
+
+
+def scores(judgements: Sequence[Judgement], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """One criterion's scores on [0, 1] and which of them exist, [M] each; a missing one is NaN.
+
+    kind: "parsed", the whole number that the critic wrote, or "expected", the mean of its probabilities over 1..5.
+    Of several sub-scores the lowest counts.
+    """
+
+    def one(judgement: Judgement) -> float:
+        value = judgement.score if kind == "parsed" else judgement.expected
+        return np.nan if value is None else float(np.min(value))
+
+    values = np.asarray(normalise(np.array([one(judgement) for judgement in judgements], np.float32)))
+    return values, np.isfinite(values)
+
+
+def judgement_metrics(judged: dict[str, list[Judgement]], kind: str) -> dict[str, float | None]:
+    """Share of unusable judgements, mean entropy at the score, and the mean score of every criterion."""
+    everything = [judgement for judgements in judged.values() for judgement in judgements]
+    entropies = [judgement.entropy for judgement in everything if judgement.entropy is not None]
+    means = {f"reward/{name}": _mean(scores(judgements, kind)[0]) for name, judgements in judged.items()}
+    return {
+        "critic/failure_rate": float(np.mean([judgement.score is None for judgement in everything])),
+        "critic/entropy": float(np.mean(entropies)) if entropies else None,
+        **means,
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def write_judgements(
+    run: Run, epoch: int, prompts: Sequence[PromptRecord], judged: dict[str, list[Judgement]], rewards: np.ndarray
+) -> None:
+    """One record for each judged image and criterion into judgements.jsonl."""
+    run.judgements(
+        {
+            "epoch": epoch,
+            "image": index,
+            "prompt": prompts[index].text,
+            "criterion": criterion,
+            "score": judgement.score,
+            "expected": judgement.expected,
+            "entropy": judgement.entropy,
+            "status": judgement.status,
+            "reason": judgement.reason,
+            "text": judgement.text,
+            "rubric": judgement.rubric,
+            "reward": float(rewards[index]) if np.isfinite(rewards[index]) else None,
+        }
+        for criterion, judgements in judged.items()
+        for index, judgement in enumerate(judgements)
+    )
