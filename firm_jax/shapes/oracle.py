@@ -46,7 +46,7 @@ _GEOMETRY = {kind: _unit_geometry(kind) for kind in KINDS}
 class Component:
     """One connected piece of foreground, as measured; kind and color are of the nearest shape.
 
-    x, y (middle) are fractions of the image side; radius (half extent) and area are in pixels of a 64-pixel image.
+    x, y (middle) are fractions of the image side; radius is the half extent in pixels of a 64-pixel image.
     fit is the intersection over union with the ideal outline, purity the share of pixels that have the colour or
     mix it with the background, color_error the distance to the palette colour, softness the width of the edges in
     pixels of this image.
@@ -57,7 +57,6 @@ class Component:
     x: float
     y: float
     radius: float
-    area: float
     fit: float
     purity: float
     color_error: float
@@ -204,7 +203,6 @@ def _measure_one(image, ground, labels, number, scale) -> Component:
         x / side,
         y / side,
         radius / scale,
-        float(coverage.sum()) / scale**2,
         fit,
         float(1 - off_line[own].mean()),
         float(np.linalg.norm(color - _COLOR_VALUES[winner])),

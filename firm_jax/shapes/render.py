@@ -8,8 +8,9 @@ from firm_jax.shapes.scene import BACKGROUNDS, COLORS, SIZES, Scene
 
 DEGRADATIONS = ("blur", "noise", "bleed", "distort", "contrast", "fade")
 
-_SQUARE = 0.88  # half side of a square, and half width of a cross's arm, in units of the half extent
-_ARM = 0.36
+# In units of the half extent: a square is inset, so that it looks as large as the other shapes.
+_SQUARE = 0.88  # half side of a square
+_ARM = 0.36  # half width of a cross's arms
 _SLOPE = np.array([1.8, 1.0]) / np.hypot(1.8, 1.0)  # unit normal of a triangle's right side
 
 
