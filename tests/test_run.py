@@ -111,13 +111,14 @@ def test_a_finished_run_ends_at_once(tmp_path, straight):
     assert_same_run(tmp_path, harness_job.train(harness_job.get_config(), tmp_path), *straight)
 
 
-def start(workdir, pause=0.02, variant="slow"):
+def start(workdir, *overrides, pause):
     """The slow variant in a process of its own, through main.py."""
     program = "import main; main.JOBS['fit_matrix'] = 'harness_job:train'; main.command_line()"
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "PAUSE": str(pause), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", program, "--config", f"{tests / 'harness_job.py'}:{variant}", "--workdir", workdir]
-    return subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+    arguments = ["--config", f"{tests / 'harness_job.py'}:slow", "--workdir", str(workdir), *overrides]
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, process, seconds=300):
@@ -134,16 +135,19 @@ def has_checkpoint(workdir, step):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment(tmp_path, kills):
-    straight = tmp_path / "straight"
-    expected = harness_job.train(harness_job.get_config("slow"), straight)
-    workdir, rng = tmp_path / "killed", np.random.default_rng(0)
+    config = harness_job.get_config("slow")
+    config.train.epochs = 4 * kills + 4
+    straight, workdir = tmp_path / "straight", tmp_path / "killed"
+    expected = harness_job.train(config, straight)
+    rng = np.random.default_rng(0)
     for _ in range(kills):
-        process = start(workdir, pause=0.1)
-        wait_for(lambda: (workdir / "metrics.jsonl").is_file(), process)
-        time.sleep(rng.uniform(0, 1.5))
+        process = start(workdir, f"--config.train.epochs={config.train.epochs}", pause=0.05)
+        next(line for line in process.stderr if line.startswith(("epoch", "continuing")))
+        time.sleep(rng.uniform(0, 0.5))
         process.kill()
-        process.wait()
-    state = harness_job.train(harness_job.get_config("slow"), workdir)
+        process.communicate()
+    assert 0 < records(workdir)[-1]["epoch"] < config.train.epochs
+    state = harness_job.train(config, workdir)
     assert_same_run(workdir, state, straight, expected)
 
 
