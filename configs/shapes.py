@@ -76,7 +76,7 @@ def critic_gen() -> ConfigDict:
     """A Qwen3-VL critic of generated pictures, trained on the oracle's answers from random weights."""
     config = _job("critic_sft")
     del config.train.ema, config.train.warmup_steps
-    config.train.update({"epochs": 28, "steps_per_epoch": 100, "batch_size": 32, "learning_rate": 1.5e-3})
+    config.train.update({"epochs": 24, "steps_per_epoch": 100, "batch_size": 32, "learning_rate": 1.5e-3})
     config.train.update({"warmup_ratio": 0.05, "b1": 0.9, "b2": 0.98, "weight_decay": 0.01})
     config.train.lengths = (96, 144, 192)  # of quality, and of most and of all alignment examples, in tokens
     config.train.update({"compute_dtype": "float32", "stored_dtype": "float16", "remat": "none"})

@@ -116,7 +116,10 @@ class PatchedImage:
 
 
 def to_pixels(image) -> np.ndarray:
-    """A Pillow image, or an array [H, W, 3] (uint8, or float in [0, 1]), as uint8 [H, W, 3]. DataError for any other array."""
+    """A Pillow image, or an array [H, W, 3] (uint8, or float in [0, 1]), as uint8 [H, W, 3].
+
+    DataError for any other array.
+    """
     if isinstance(image, PIL.Image.Image):
         return np.asarray(image.convert("RGB"))
     pixels = np.asarray(image)
@@ -154,7 +157,8 @@ class Sequence:
 
     ids: int32 [T]. positions: int32 [3, T] (time, row, column). image: int32 [T], which of `images` a token stands
     for, -1 for text. patch: int32 [T], which merged patch of that image. next_position: the position of the token
-    that would follow. targets: bool [T], the tokens of the assistant's turn; None for a prompt.
+    that would follow. targets: int8 [T], 1 for the tokens of the assistant's turn, 2 for those of its scores; None
+    for a prompt.
     """
 
     ids: np.ndarray
@@ -225,11 +229,14 @@ class Processor:
         """The text of generated tokens, special tokens left out."""
         return self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
-    def sequence(self, images, text: str, answer: str | None = None, *, patched: dict | None = None) -> Sequence:
+    def sequence(
+        self, images, text: str, answer: str | None = None, *, scores=(), patched: dict | None = None
+    ) -> Sequence:
         """One user turn (images first, text last, no system prompt) and the opening of the assistant's turn.
 
-        With `answer`, the assistant's turn follows and is what `targets` marks, its end token included. `patched`:
-        a cache digest -> PatchedImage that this call uses and fills, so that a repeated image is resized once.
+        With `answer`, the assistant's turn follows and is what `targets` marks, its end token included; `scores` are
+        the spans [start, end) of the answer's characters that hold its scores. `patched`: a cache digest ->
+        PatchedImage that this call uses and fills, so that a repeated image is resized once.
         """
         images = tuple(self._patch(image, patched) for image in images)
         merge = self.images.merge_size
@@ -257,9 +264,12 @@ class Processor:
             (self.encode(text) if images else [])
             + [self.turn_end, *self.encode("\n"), self.turn_start, *self.encode("assistant\n")]
         )
-        prompt_length = len(ids)
+        targets = None
         if answer is not None:
-            add_text([*self.encode(answer), self.turn_end])
+            encoding = self.tokenizer.encode(answer, add_special_tokens=False)
+            marks = [1 + any(a < end and start < b for a, b in scores) for start, end in encoding.offsets]
+            targets = np.array([0] * len(ids) + marks + [1], np.int8)
+            add_text([*encoding.ids, self.turn_end])
         positions, following = rope_positions(runs)
         return Sequence(
             ids=np.array(ids, np.int32),
@@ -268,7 +278,7 @@ class Processor:
             patch=np.array(patch_of, np.int32),
             next_position=following,
             images=images,
-            targets=None if answer is None else np.arange(len(ids)) >= prompt_length,
+            targets=targets,
         )
 
     def _patch(self, image, patched: dict | None) -> PatchedImage:
@@ -333,7 +343,7 @@ def collate(
     positions = np.zeros((3, batch, length), np.int32)
     segments = np.zeros((batch, length), np.int32)
     image_index = np.full((batch, length), -1, np.int32)
-    targets = np.zeros((batch, length), bool)
+    targets = np.zeros((batch, length), np.int8)
     for row, sequence in enumerate(sequences):
         size = len(sequence)
         place = slice(length - size, length) if side == "left" else slice(0, size)

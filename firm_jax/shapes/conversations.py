@@ -1,0 +1,63 @@
+"""The shapes world as a source of critic training data: the oracle's answers in the critic's output formats."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from firm_jax.critic.rubric import Rubric
+from firm_jax.data.conversations import Conversation
+from firm_jax.errors import DataError
+from firm_jax.shapes import teach
+from firm_jax.shapes.scene import Prompt
+
+
+class ShapesConversations:
+    """`count` examples, each drawn from its own random stream, so that example `i` is the same in every run.
+
+    rubrics: `alignment` and `quality`. stream: which of the independent sets of examples, 0 to train on, 1 held out.
+    samples: an .npz file with a generator's own pictures (`images`, uint8 [N, H, W, 3]) and what each was asked to
+    show (`prompts`, N JSON texts of `Prompt.to_json`); `share` of the examples are then drawn from it.
+    """
+
+    def __init__(self, count: int, rubrics: dict[str, Rubric], *, seed: int, stream: int, samples=None, share=0.0):
+        self.count, self.rubrics, self.seed, self.stream = count, rubrics, seed, stream
+        self.share = share if samples else 0.0
+        self.images, self.prompts = _read_samples(samples) if samples else (None, None)
+        self._made: dict[int, Conversation] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        if index not in self._made:
+            self._made[index] = self._make(np.random.default_rng([self.seed, self.stream, index]))
+        return self._made[index]
+
+    def text_length(self, index: int) -> int:
+        """Characters of question and answer."""
+        return len(self[index].prompt) + len(self[index].answer)
+
+    def _make(self, rng: np.random.Generator) -> Conversation:
+        if rng.random() < self.share:
+            number = int(rng.integers(len(self.images)))
+            image, prompt = self.images[number].astype(np.float32) / 255, self.prompts[number]
+            if rng.random() < 0.5:
+                criterion, text, answer = "alignment", prompt.text, teach.alignment_answer(image, prompt)
+            else:
+                criterion, text, answer = "quality", "", teach.quality_answer(image)
+        else:
+            image, criterion, text, answer = teach.critic_example(rng)
+        pixels = np.round(image * 255).astype(np.uint8)
+        return Conversation((pixels,), self.rubrics[criterion].fill(text), answer, criterion)
+
+
+def _read_samples(file) -> tuple[np.ndarray, list[Prompt]]:
+    try:
+        with np.load(Path(file), allow_pickle=False) as arrays:
+            images, prompts = arrays["images"], [Prompt.from_json(json.loads(text)) for text in arrays["prompts"]]
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{file} is not an .npz file with images and prompts: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(prompts) or not len(images):
+        raise DataError(f"{file}: images must be uint8 [N, H, W, 3], with one prompt each; got {images.shape}")
+    return images, prompts
