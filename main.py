@@ -6,6 +6,7 @@ ends the process at once (143 or 130) and loses what was done since the last che
 """
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def join_processes(config) -> None:
 
 def command_line() -> None:
     """Run `main` and turn how it ends into an exit code; people get a message, bugs a traceback."""
+    # That a machine has no TPU is not news.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:

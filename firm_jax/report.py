@@ -60,6 +60,8 @@ def image_grid(images: Any, captions: Sequence[str], columns: int, path: str | P
         for column, index in enumerate(row):
             left = margin + column * (width + margin)
             tile = Image.fromarray(images[index]).resize((width, height), Image.Resampling.NEAREST)
+            # The outline tells a white picture from the page.
+            draw.rectangle((left - 1, top - 1, left + width, top + height), outline=(220, 220, 220))
             canvas.paste(tile, (left, top))
             draw.multiline_text((left, top + height + 4), texts[index], fill=(30, 30, 30), font=font, spacing=3)
         top += height + 4 + text_height + margin
