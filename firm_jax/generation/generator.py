@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from firm_jax.errors import ConfigError
 from firm_jax.generation.solvers import integrate
 from firm_jax.interop.hub import resolve
-from firm_jax.mesh import batch_size, replicate, shard_batch
+from firm_jax.mesh import batch_size, replicate, shard_batch, to_host
 from firm_jax.models.layers import repeat_batch, reshape, take_rows
 
 # Pipeline class in model_index.json -> module of this package, class
@@ -107,7 +107,7 @@ class Generator:
             batch = shard_batch((rows, noise, keys), self.mesh)
             schedule = replicate((sigmas, guidance), self.mesh)
             latents = self._rollout(self.params, self.lora, conditioning, negative, *batch, *schedule, solver=solver)
-            return self._decode_on_host(np.asarray(latents))[:B]
+            return self._decode_on_host(to_host(latents))[:B]
 
     def rollout(
         self,
@@ -154,7 +154,7 @@ class Generator:
         images = []
         for start in range(0, len(latents), chunk):
             rows = np.minimum(np.arange(start, start + chunk), len(latents) - 1)
-            images.append(np.asarray(self._decode(self.vae_params, shard_batch(latents[rows], self.mesh))))
+            images.append(to_host(self._decode(self.vae_params, shard_batch(latents[rows], self.mesh))))
         return np.concatenate(images)[: len(latents)]
 
     def _on_mesh(self):

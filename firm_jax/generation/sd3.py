@@ -43,6 +43,7 @@ class SD3Generator(Generator):
     ):
         super().__init__(mesh, lora)
         self.config, self.vae_config = transformer.config, vae.config
+        self.sharding_rules = transformer.sharding_rules
         self.graphdef, self.params = nnx.split(transformer)
         self.vae_graphdef, self.vae_params = nnx.split(vae)
         self.text_encoders, self.scheduler = text_encoders, dict(scheduler)

@@ -17,7 +17,7 @@ from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, stack
+from firm_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, split_heads, stack
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class T5Block(nnx.Module):
         B, T, _ = x.shape
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
-            q, k, v = (project(y).reshape(B, T, self.config.num_heads, -1) for project in (self.q, self.k, self.v))
+            q, k, v = (split_heads(project(y), self.config.num_heads) for project in (self.q, self.k, self.v))
             y = attention(q, k, v, bias=position_bias, segments=segments, scale=1.0)
             x = x + self.o(y.reshape(B, T, -1))
         with jax.named_scope("mlp"):
