@@ -22,6 +22,7 @@ def paper() -> ConfigDict:
     config.model = "stabilityai/stable-diffusion-3.5-medium"
     config.dtype = "bfloat16"
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.distributed = False  # several processes, one a host
     config.prompts = {
         "train": "data/ShareGPT-4o-Image/text_to_image.json",
         "held_out": config_dict.placeholder(str),  # None: 2 % of the training prompts

@@ -18,6 +18,7 @@ def _job(name: str) -> ConfigDict:
             "seed": 0,
             "cpu_devices": 2,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "distributed": False,
             "train": {"warmup_steps": 100, "max_grad_norm": 1.0, "ema": 0.999, "weight_decay": 1e-4},
             "eval": {"every": 1},
             "checkpoint": {"every": 1, "keep": 2},

@@ -147,6 +147,11 @@ class SD3Generator(Generator):
         self.config.check_latent_size(height // scale, width // scale)
         return height // scale, width // scale, self.config.in_channels
 
+    def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
+        """Floating-point operations of the transformer for one image at one noise level, by our count."""
+        h, w, _ = self.latent_shape(height, width)
+        return self.config.forward_flops(h * w // self.config.patch_size**2, text_tokens)
+
     def image_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width in pixels of latents h x w."""
         return h * self.vae_config.downscale, w * self.vae_config.downscale

@@ -85,6 +85,15 @@ class SD3Config:
     def velocity_channels(self) -> int:
         return self.in_channels if self.out_channels is None else self.out_channels
 
+    def forward_flops(self, image_tokens: int, text_tokens: int) -> int:
+        """Floating-point operations of one sample's forward pass: the blocks' matmuls and attention, by our count."""
+        D, S, T, L = self.width, image_tokens, text_tokens, self.num_layers
+        # A stream's matmuls have 4 D^2 weights in attention and 8 D^2 in the feed-forward; two operations each.
+        streams = 2 * 12 * D * D * (S * L + T * (L - 1)) + 2 * 3 * D * D * T
+        joint_attention = 4 * (S + T) ** 2 * D * L
+        dual_attention = self.dual_layers * (2 * 4 * D * D * S + 4 * S * S * D)
+        return streams + joint_attention + dual_attention
+
     def check_latent_size(self, h: int, w: int) -> None:
         """ConfigError unless latents of h x w can be cut into patches and have positions in the table."""
         longest = self.pos_embed_max_size * self.patch_size

@@ -168,7 +168,7 @@ class Job:
 
     def update(self, state: dict, group: EpochGroups, latents, r, valid) -> tuple[dict, dict[str, float]]:
         """The epoch's optimizer steps: the new state and the mean of the loss's terms."""
-        settings, terms = self.config.train, []
+        settings, terms, start = self.config.train, [], state
         batches = optimizer_batches(group, latents, r, valid, self._sigmas, self.config.seed, settings, self.mesh)
         with self.run.timer("update"):
             for batch in batches:
@@ -176,18 +176,18 @@ class Job:
                 state, one = self._update(self.generator.params, state, self.conditioning, batch, key)
                 terms.append({name: float(value) for name, value in one.items()})
                 if terms[-1]["update/skipped"]:
-                    self._skip(group, state, terms[-1])
+                    self._skip(group, start, terms[-1])
         finite = [one for one in terms if not one["update/skipped"]]
         return state, {name: float(np.mean([one[name] for one in finite])) if finite else None for name in terms[0]}
 
-    def _skip(self, group: EpochGroups, state: dict, terms: dict[str, float]) -> None:
+    def _skip(self, group: EpochGroups, start: dict, terms: dict[str, float]) -> None:
         """An update that would have brought in a NaN was not made: say so, keep its prompts, stop when it repeats."""
         self.skipped += 1
         file = self.run.workdir / "skipped_updates.jsonl"
         numbers = {name: repr(value) for name, value in terms.items()}
         record = {
             "epoch": group.epoch,
-            "step": int(state["step"]),
+            "step": int(start["step"]),
             **numbers,
             "prompts": [p.text for p in group.prompts],
         }
@@ -197,7 +197,7 @@ class Job:
         logging.warning("epoch %d: loss or gradient not finite, update skipped; see %s", group.epoch + 1, file)
         limit = self.config.train.max_skipped_updates
         if self.skipped > limit:
-            self.run.save(state, self._before, step=int(state["step"]), epoch=group.epoch)
+            self.run.save(start, self._before, step=int(start["step"]), epoch=group.epoch)
             raise NonFiniteError(
                 f"epoch {group.epoch + 1}: loss or gradient was not finite for the {self.skipped}th time, more than "
                 f"train.max_skipped_updates = {limit}. No such update was made; the prompts are in {file}. "
