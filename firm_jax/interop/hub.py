@@ -4,32 +4,18 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import WeightsError
 
-# Everything a pipeline or model folder needs, and none of the second copies that repositories keep beside it.
-PATTERNS = [
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*/*.json",
-    "*/*.txt",
-    "*/*.model",
-    "*/*.safetensors",
-    "model*.safetensors",
-]
+# Everything a pipeline or model folder needs, and none of the copies in other precisions and formats that repositories
+# keep beside it. As the Hub matches them, `*` passes over slashes.
+PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*model.safetensors", "*model-?????-of-?????.safetensors"]
 TOKEN_VARIABLE = "HF_TOKEN"
+_ANSWER_WITHIN_SECONDS = 5
 
 
 def resolve(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
@@ -47,16 +33,30 @@ def resolve(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Pa
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise WeightsError(f"no such model folder: {folder.absolute()} (and {name!r} is not a Hugging Face id)")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, etag_timeout=5))
+        return _fetch(name, revision)
     except GatedRepoError as error:
         reason = "the repository is gated: accept its licence on huggingface.co and set the token"
         raise _missing(name, looked_in, reason) from error
     except RepositoryNotFoundError as error:
         raise _missing(name, looked_in, "there is no such repository, or the token may not see it") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise _missing(
-            name, looked_in, f"it is not cached and could not be fetched ({type(error).__name__})"
-        ) from error
+    except Exception as error:  # network errors have other classes in each version of the Hub's client
+        reason = f"it is not cached and could not be fetched ({type(error).__name__}: {error})"
+        raise _missing(name, looked_in, reason) from error
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Download what the cache lacks; without an answer from the Hub, take the cache as it is."""
+    try:
+        # Asked first, because snapshot_download waits without limit for a server that accepts and never answers.
+        HfApi().model_info(name, revision=revision, timeout=_ANSWER_WITHIN_SECONDS)
+    except Exception as no_answer:
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise no_answer from None
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=PATTERNS, etag_timeout=_ANSWER_WITHIN_SECONDS)
+    )
 
 
 def _missing(name: str, looked_in: list[str], reason: str) -> WeightsError:

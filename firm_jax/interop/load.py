@@ -29,21 +29,24 @@ class WeightFiles:
 
     def _locate(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        for stem in STEMS:
-            index = self.folder / f"{stem}.safetensors.index.json"
-            single = self.folder / f"{stem}.safetensors"
-            if index.exists():
-                return self._read_index(index)
-            if single.exists():
-                return {name: single.name for name in self._file(single.name).keys()}  # noqa: SIM118 (not a dict)
-        expected = " or ".join(f"{stem}.safetensors[.index.json]" for stem in STEMS)
-        raise WeightsError(f"no weights in {self.folder}: expected {expected}")
+        candidates = [f"{stem}.safetensors{suffix}" for stem in STEMS for suffix in (".index.json", "")]
+        found = [file for file in candidates if (self.folder / file).exists()]
+        if not found:
+            raise WeightsError(f"no weights in {self.folder}: expected one of {', '.join(candidates)}")
+        if len(found) > 1:
+            raise WeightsError(f"{self.folder} holds several sets of weights: {', '.join(found)}; remove the stale one")
+        if found[0].endswith(".json"):
+            return self._read_index(self.folder / found[0])
+        return {name: found[0] for name in self._file(found[0]).keys()}  # noqa: SIM118 (not a dict)
 
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
             files = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            outside = sorted(file for file in set(files.values()) if Path(file).name != file)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index}: not a safetensors index ({error}); fetch the file again") from error
+        if outside:
+            raise WeightsError(f"{index} names files outside of its folder: {_some(outside)}")
         seen: dict[str, str] = {}
         for file in sorted(set(files.values())):
             if not (self.folder / file).exists():
@@ -130,10 +133,12 @@ def load_params(
     WeightsError for a missing, extra, duplicate or misshapen tensor, an unreadable file, or a dtype other than
     float32, float16 and bfloat16.
     """
-    files, tied = WeightFiles(folder), dict(tied or {})
+    files, tied, dtype = WeightFiles(folder), dict(tied or {}), jnp.dtype(dtype)
     for alias, name in tied.items():
-        if name not in files.files and alias in files.files:
+        if alias in files.files and name not in files.files:
             files.rename(alias, name)
+        elif alias in files.files and not np.array_equal(_whole(files, alias), _whole(files, name)):
+            raise WeightsError(f"{folder}: tensors {alias} and {name} differ, but this architecture ties them")
     wanted = list(tensors(abstract_params, (*rules, *SAME_NAMES)))
     present = {name: tuple(files.slice(name).get_shape()) for name in files.files}
     account({tensor.name: tensor.shape for tensor in wanted}, present, str(folder), ignored, tied)
@@ -152,23 +157,26 @@ def load_params(
 
     def read(path, leaf, sharding):
         sources = by_path[path_name(path)]
-        return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: _read_leaf(files, sources, index, leaf.shape, dtype)
-        )
+        parts = {}  # devices that hold the same part share one read and one buffer
+
+        def part(index):
+            index = tuple(entry.indices(size)[:2] for entry, size in zip(index, leaf.shape, strict=True))
+            if index not in parts:
+                parts[index] = _read_leaf(files, sources, tuple(slice(*ends) for ends in index), dtype)
+            return parts[index]
+
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     return jax.tree_util.tree_map_with_path(read, abstract_params, placement)
 
 
-def _read_leaf(files: WeightFiles, sources: list[Tensor], index, shape, dtype) -> np.ndarray:
-    dtype = jnp.dtype(dtype)
-    index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+def _read_leaf(files: WeightFiles, sources: list[Tensor], index: tuple[slice, ...], dtype) -> np.ndarray:
+    """The part `index` of one leaf; a stacked leaf's is filled layer by layer."""
     if sources[0].layer is None:
         return _read_tensor(files, sources[0], index, dtype)
-    layers = range(shape[0])[index[0]]
-    sizes = [len(range(size)[part]) for part, size in zip(index, shape, strict=True)]
-    out = np.empty(sizes, dtype)
-    for row, layer in enumerate(layers):
-        out[row] = _read_tensor(files, sources[layer], index[1:], dtype)
+    out = np.empty([part.stop - part.start for part in index], dtype)
+    for row, source in enumerate(sources[index[0]]):
+        out[row] = _read_tensor(files, source, index[1:], dtype)
     return out
 
 
@@ -177,6 +185,10 @@ def _read_tensor(files: WeightFiles, tensor: Tensor, index, dtype) -> np.ndarray
         return np.ascontiguousarray(read_slice(files.slice(tensor.name), tensor.layout, index)).astype(dtype)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{files.where(tensor.name)} cannot be read ({error}); fetch the file again") from error
+
+
+def _whole(files: WeightFiles, name: str) -> np.ndarray:
+    return read_slice(files.slice(name), "same", ())
 
 
 def _some(items: list[str], limit: int = 8) -> str:

@@ -46,13 +46,15 @@ def save_params(
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= size(tensor)
-    if len(shards) == 1:
-        save_file({t.name: stored(t) for t in shards[0]}, folder / f"{stem}.safetensors", {"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({t.name: stored(t) for t in shard}, folder / file, {"format": "pt"})
-        weight_map.update({t.name: file for t in shard})
-    index = {"metadata": {"total_size": sum(map(size, wanted))}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    index = folder / f"{stem}.safetensors.index.json"
+    for stale in (index, folder / f"{stem}.safetensors", *folder.glob(f"{stem}-?????-of-?????.safetensors")):
+        stale.unlink(missing_ok=True)  # an earlier save's: a reader could not tell which set is meant
+    for name, shard in zip(names, shards, strict=True):
+        save_file({tensor.name: stored(tensor) for tensor in shard}, folder / name, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": sum(map(size, wanted))}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True))
