@@ -1,5 +1,12 @@
 """A Qwen3-VL folder small enough for tests: shared by the tests of processing, generation and training."""
 
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from firm_jax.shapes.critic_folder import write_critic_folder
+
 TEXTS = (
     "a red circle left of two blue squares on a white background",
     '{"score": [1, 2, 3], "reasoning": "the colours are clean"}',
@@ -18,7 +25,7 @@ MINIATURE = {
         "num_key_value_heads": 2,
         "head_dim": 16,
         "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1e4,
@@ -39,3 +46,24 @@ MINIATURE = {
         "in_channels": 3,
     },
 }
+
+
+def write_miniature(folder: Path) -> Path:
+    """The folder with random weights."""
+    write_critic_folder(folder, TEXTS, MINIATURE, seed=0)
+    return folder
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """A picture of noise: no two pixels alike, so that a misplaced patch shows."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# One and two images of different sizes, an image shown twice, no image, no text, a special token spelled out.
+REQUESTS = (
+    {"images": [picture(0, 37, 22)], "text": "a red circle, rate it"},
+    {"images": [picture(1, 24, 40), picture(2, 50, 17)], "text": "two images <|image_pad|> in text: é 字\n"},
+    {"images": [picture(0, 37, 22)], "text": "another question on the first image 12"},
+    {"images": [], "text": "\n no image at all"},
+    {"images": [picture(3, 90, 90)], "text": ""},
+)

@@ -2,37 +2,21 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from firm_jax.critic.score import Critic
-from firm_jax.shapes.critic_folder import write_critic_folder
-from tests.critic_miniature import MINIATURE, TEXTS
+from tests.critic_miniature import REQUESTS, write_miniature
 
 NEW_TOKENS = 64
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-REQUESTS = [
-    {"images": [picture(0, 37, 22)], "text": "a red circle, rate it"},
-    {"images": [picture(1, 24, 40), picture(2, 50, 17)], "text": "two images <|image_pad|> in text: é 字\n"},
-    {"images": [picture(0, 37, 22)], "text": "another question on the first image 12"},
-    {"images": [], "text": "\n no image at all"},
-    {"images": [picture(3, 90, 90)], "text": ""},
-]
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """A torch model with every parameter drawn at random, and the folder that holds it."""
-    folder = tmp_path_factory.mktemp("critic")
-    write_critic_folder(folder, TEXTS, MINIATURE, seed=0)
+    folder = write_miniature(tmp_path_factory.mktemp("critic"))
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     torch.manual_seed(0)
     with torch.no_grad():

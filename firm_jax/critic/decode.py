@@ -142,7 +142,7 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int):
     return state, tokens, digits
 
 
-@partial(jax.jit, donate_argnames="state")
+@jax.jit
 def keep_rows(state, rows):
     """The decoding state of some of its rows."""
 

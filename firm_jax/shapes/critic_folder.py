@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from firm_jax.models import save_pretrained
+from firm_jax.models import abstract, save_pretrained
 from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 
 # The special tokens of Qwen3-VL that a critic meets.
@@ -100,7 +101,9 @@ def write_critic_folder(folder: Path, texts: Iterable[str], miniature: dict, *, 
             "vision_end_token_id": end_id,
         }
     )
-    save_pretrained(Qwen3VL(config, rngs=nnx.Rngs(seed)), folder)
+    graphdef, _ = nnx.split(abstract(Qwen3VL, config))
+    params = jax.jit(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed))))()
+    save_pretrained(nnx.merge(graphdef, params), folder)
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen3VLProcessor",

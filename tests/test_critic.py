@@ -1,0 +1,192 @@
+"""The critic on its own: batching, dropping of ended rows, sharding, judgements."""
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from firm_jax.critic import Critic, decode
+from firm_jax.critic.decode import Generation
+from firm_jax.critic.processing import Processor
+from firm_jax.critic.rubric import rubrics_from
+from firm_jax.errors import ConfigError, DataError, WeightsError
+from firm_jax.mesh import make_mesh
+from tests.critic_miniature import REQUESTS, picture, write_miniature
+
+NEW_TOKENS = 20  # more than one chunk, and not a multiple of it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_miniature(tmp_path_factory.mktemp("critic"))
+
+
+@pytest.fixture(scope="module")
+def critic(folder):
+    return Critic.from_pretrained(folder, dtype="float32", max_batch=8)
+
+
+@pytest.fixture(scope="module")
+def generations(critic):
+    return generate(critic, REQUESTS)
+
+
+def generate(critic, requests, max_new_tokens=NEW_TOKENS) -> list[Generation]:
+    sequences = [critic.processor.sequence(request["images"], request["text"]) for request in requests]
+    return critic.decoder.generate(sequences, max_new_tokens)
+
+
+def assert_same(found: list[Generation], expected: list[Generation]):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        assert a.finish_reason == b.finish_reason
+        np.testing.assert_allclose(a.digit_logits, b.digit_logits, atol=1e-4)
+
+
+def test_every_token_is_accounted_for(generations, critic):
+    for generation in generations:
+        assert generation.finish_reason == "length"
+        assert generation.tokens.shape == (NEW_TOKENS,)
+        assert generation.digit_logits.shape == (NEW_TOKENS, 5)
+        assert not np.isin(generation.tokens, critic.decoder.rules.banned).any()
+
+
+def test_digit_logits_are_those_of_the_written_token(generations, critic):
+    digits = list(critic.processor.digits)
+    for generation in generations:
+        for token, logits in zip(generation.tokens, generation.digit_logits, strict=True):
+            if token in digits:
+                assert digits[int(logits.argmax())] == token
+
+
+def test_order_does_not_matter(generations, critic):
+    order = [3, 1, 4, 0, 2]
+    assert_same(generate(critic, [REQUESTS[i] for i in order]), [generations[i] for i in order])
+
+
+def test_ended_rows_are_dropped_and_change_nothing(generations, critic, monkeypatch):
+    """With an end token that some rows write early, the batch shrinks between chunks and the rest goes on as before."""
+    written = [list(generation.tokens) for generation in generations]
+    end = next(t for t in written[0][:10] if sum(t in tokens[:16] for tokens in written) in (3, 4))
+    rules = decode.TokenRules((int(end),), critic.decoder.rules.banned, critic.decoder.rules.digits)
+    monkeypatch.setattr(critic.decoder, "rules", rules)
+    sizes, real = [], decode.decode_chunk
+
+    def counted(graphdef, params, state, **options):
+        sizes.append(len(state["ended"]))
+        return real(graphdef, params, state, **options)
+
+    monkeypatch.setattr(decode, "decode_chunk", counted)
+    for found, tokens in zip(generate(critic, REQUESTS), written, strict=True):
+        stop = tokens.index(end) if end in tokens else None
+        assert list(found.tokens) == tokens[:stop]
+        assert found.finish_reason == ("length" if stop is None else "stop")
+    assert sizes[0] == 8 and sizes[-1] < 8
+
+
+def test_equal_images_are_encoded_once(critic, monkeypatch):
+    encoded, real = [], decode.encode_images
+
+    def counted(graphdef, params, table):
+        encoded.append(int((np.asarray(table["grids"]).prod(1) > 0).sum()))
+        return real(graphdef, params, table)
+
+    monkeypatch.setattr(decode, "encode_images", counted)
+    generate(critic, REQUESTS, max_new_tokens=1)
+    assert encoded == [4]  # five images, of which two are equal
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_write_the_same(folder, generations, axes):
+    mesh = make_mesh(**axes)
+    sharded = Critic.from_pretrained(folder, dtype="float32", mesh=mesh, max_batch=8)
+    kernel = sharded.decoder.params["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert kernel[...].sharding.spec == P(None, "fsdp", "tensor")
+    assert_same(generate(sharded, REQUESTS), generations)
+
+
+def answering(critic, monkeypatch, text: str, probabilities, finish_reason="stop"):
+    """Let the critic answer `text`, with these probabilities of 1..5 at every digit."""
+    tokens = np.array(critic.processor.encode(text), np.int32)
+    logits = np.where(np.isin(tokens, critic.processor.digits)[:, None], np.log(probabilities) + 7.0, -50.0)
+    generation = Generation(tokens, logits.astype(np.float32), finish_reason)
+    monkeypatch.setattr(critic.decoder, "generate", lambda sequences, *_: [generation] * len(sequences))
+
+
+def test_alignment_judgement(critic, monkeypatch):
+    answering(
+        critic,
+        monkeypatch,
+        "é 1. **5 things**: no\n**Final Alignment Rating: 2**\n\\boxed{2}",
+        [0.1, 0.6, 0.3, 1e-9, 1e-9],
+    )
+    request = {"images": [picture(0, 30, 30)], "prompt": "a red circle", "criterion": "alignment"}
+    [judgement] = critic.judge([request])
+    assert (judgement.score, judgement.status, judgement.criterion) == (2, "ok", "alignment")
+    assert judgement.expected == pytest.approx(0.1 + 1.2 + 0.9, abs=1e-5)
+    assert judgement.entropy == pytest.approx(-sum(p * np.log(p) for p in (0.1, 0.6, 0.3)), abs=1e-5)
+    assert judgement.rubric == critic.rubrics["alignment"].sha256
+
+
+def test_quality_judgement_has_three_scores(critic, monkeypatch):
+    answering(
+        critic, monkeypatch, '{"score": [4, 4, 4], "reasoning": "ok 1"}', [0.0001, 0.0001, 0.0001, 0.4998, 0.4999]
+    )
+    [judgement] = critic.judge([{"images": [picture(0, 30, 30)], "prompt": "x", "criterion": "quality"}])
+    assert judgement.score == (4, 4, 4) and judgement.reason == "ok 1"
+    assert judgement.expected == pytest.approx(4.5, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "status"),
+    [
+        ("no idea", "stop", "no_score"),
+        ("1. **circle** yes", "length", "truncated"),
+        ("\\boxed{7}", "stop", "out_of_range"),
+    ],
+)
+def test_a_missing_score_is_missing(critic, monkeypatch, text, finish_reason, status):
+    answering(critic, monkeypatch, text, [0.2] * 5, finish_reason)
+    [judgement] = critic.judge([{"images": [picture(0, 30, 30)], "prompt": "x", "criterion": "alignment"}])
+    assert (judgement.score, judgement.expected, judgement.entropy) == (None, None, None)
+    assert judgement.status == status and judgement.text == text
+
+
+def test_rubrics_of_the_folder_and_of_the_caller_are_served(folder, tmp_path, monkeypatch):
+    texts = {"own": "own rubric: {prompt}", "given": "given rubric: {prompt}"}
+    (folder / "rubrics").mkdir()
+    (folder / "rubrics" / "alignment.txt").write_text(texts["own"])
+    (tmp_path / "alignment.txt").write_text(texts["given"])
+    try:
+        own = Critic.from_pretrained(folder, dtype="float32")
+        given = Critic.from_pretrained(folder, dtype="float32", rubrics=tmp_path)
+    finally:
+        (folder / "rubrics" / "alignment.txt").unlink()
+        (folder / "rubrics").rmdir()
+    assert own.rubrics["alignment"].text == texts["own"]
+    assert given.rubrics["alignment"].text == texts["given"]
+    assert given.rubrics["alignment"].sha256 == rubrics_from(tmp_path)["alignment"].sha256
+
+
+def test_requests_that_cannot_be_served(critic):
+    image = picture(0, 30, 30)
+    with pytest.raises(ConfigError, match="no rubric for the criterion 'beauty'"):
+        critic.judge([{"images": [image], "prompt": "x", "criterion": "beauty"}])
+    with pytest.raises(DataError, match="request 0: the text is NoneType"):
+        critic.generate([{"images": [image]}])
+    with pytest.raises(DataError, match="more than the 4096"):
+        critic.generate([{"images": [image], "text": "a red circle " * 2000}])
+    with pytest.raises(DataError, match="too narrow"):
+        critic.generate([{"images": [picture(0, 402, 2)], "text": "x"}])
+
+
+def test_folders_that_are_no_critic(folder, tmp_path):
+    with pytest.raises(WeightsError, match="has no image processor"):
+        Processor(tmp_path)
+    file = folder / "preprocessor_config.json"
+    kept = file.read_text()
+    try:
+        file.write_text(kept.replace('"patch_size": 4', '"patch_size": 8'))
+        with pytest.raises(ConfigError, match="patch_size=8 of the image processor contradicts patch_size=4"):
+            Critic.from_pretrained(folder, dtype="float32")
+    finally:
+        file.write_text(kept)
