@@ -22,6 +22,7 @@ from firm_jax.run import STOPPED_EXIT_CODE, Stopped
 JOBS = {
     "rl": "firm_jax.rl.train:train",
     "critic_sft": "firm_jax.critic.sft:train",
+    "critic_vision": "firm_jax.critic.vision:train_vision",
     "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
     "autoencoder": "firm_jax.generation.pretrain:train_autoencoder",
 }

@@ -46,7 +46,8 @@ def autoencoder() -> ConfigDict:
 def generator() -> ConfigDict:
     """An SD3 pipeline with dual attention, trained on captions of which a part is wrong (see `train.wrong`)."""
     config = _job("flow_matching")
-    config.train.update({"epochs": 20, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3})
+    config.train.update({"epochs": 12, "steps_per_epoch": 300, "batch_size": 64, "learning_rate": 2e-3})
+    config.train.update({"ema": 0.998, "pictures": 24_576})
     config.train.wrong = 0.35
     config.train.unconditional = 0.1
     config.eval.update({"every": 2, "prompts": 256, "steps": 10})
@@ -122,7 +123,23 @@ def critic_gen() -> ConfigDict:
     return config
 
 
-VARIANTS = {"autoencoder": autoencoder, "generator": generator, "critic_gen": critic_gen}
+def critic_vision() -> ConfigDict:
+    """The critics' vision tower, before `critic_gen` (`--config.critic.model`: the folder that this job leaves)."""
+    config = critic_gen()
+    config.job = "critic_vision"
+    train = {"epochs": 8, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.99}
+    config.train = ConfigDict(_job("").train)
+    config.train.update(train)
+    config.eval.update({"every": 1, "examples": 512})
+    return config
+
+
+VARIANTS = {
+    "autoencoder": autoencoder,
+    "generator": generator,
+    "critic_vision": critic_vision,
+    "critic_gen": critic_gen,
+}
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -214,9 +214,9 @@ def train(config, workdir: str) -> None:
     """
     mesh = make_mesh(**config.mesh)
     with Run(config, workdir) as run, jax.set_mesh(mesh):
-        rubrics = _rubrics(config)
-        examples, held_out = _sources(config, rubrics)
-        folder = _base_folder(config, run, examples)
+        rubrics = rubrics_of(config)
+        examples, held_out = sources(config, rubrics)
+        folder = base_folder(config, run, examples)
         processor = Processor(folder)
         rubrics = rubrics or folder_rubrics(folder)
         run.base_weights = {"critic": str(config.critic.model or "untrained miniature")}
@@ -284,14 +284,14 @@ def _averages(history: list[dict], first: int) -> dict[str, float]:
     return {name: float(np.nanmean([metrics[name] for metrics in history])) for name in history[0]}
 
 
-def _rubrics(config) -> dict[str, Rubric] | None:
+def rubrics_of(config) -> dict[str, Rubric] | None:
     """The rubrics that the config names or its data were made with; None leaves the choice to the base folder."""
     if config.critic.rubrics:
         return rubrics_from(config.critic.rubrics)
     return rubrics_from(RUBRICS) if config.data.source == "shapes" else None
 
 
-def _sources(config, rubrics: dict[str, Rubric] | None):
+def sources(config, rubrics: dict[str, Rubric] | None):
     """Examples to train on and held-out ones, by `config.data`."""
     data = config.data
     if data.source == "shapes":
@@ -305,7 +305,7 @@ def _sources(config, rubrics: dict[str, Rubric] | None):
     return ConversationFile(data.source), ConversationFile(data.held_out)
 
 
-def _base_folder(config, run: Run, examples) -> Path:
+def base_folder(config, run: Run, examples) -> Path:
     """The folder that training starts from: `critic.model`, or a new miniature when that is None."""
     if config.critic.model:
         return resolve(config.critic.model)

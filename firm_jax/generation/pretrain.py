@@ -6,24 +6,21 @@ uninterrupted one would have seen, and no data state has to be kept.
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from firm_jax import models
-from firm_jax.errors import NonFiniteError
+from firm_jax.fit import fit
 from firm_jax.generation.schedules import noised
 from firm_jax.generation.sd3 import SD3Generator, read_scheduler
 from firm_jax.generation.text import TextEncoders, load_tokenizer
 from firm_jax.interop.hub import resolve
-from firm_jax.mesh import make_mesh, replicate, shard_batch
+from firm_jax.mesh import make_mesh, replicate, shard_batch, to_host
 from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
 from firm_jax.models.t5 import T5Config, T5Encoder
@@ -32,65 +29,6 @@ from firm_jax.run import Run
 from firm_jax.shapes import oracle, teach
 from firm_jax.shapes.scene import prompts as shapes_prompts
 from firm_jax.shapes.tokenizers import save_tokenizers
-from firm_jax.sharding import path_name
-
-
-def fit(run: Run, config, mesh, params, loss: Callable, batch_at: Callable, evaluate: Callable, fixed: str = r"(?!)"):
-    """AdamW with warm-up and cosine decay on `loss(params, batch, key) -> (scalar, metrics)`.
-
-    `batch_at(step)` gives the host arrays of one step; `evaluate(params, epoch)` the metrics of the averaged weights,
-    asked for every `eval.every` epochs and after the last. Parameters whose path matches `fixed` are not trained.
-    Returns the exponential moving average of the parameters (decay `train.ema`).
-    """
-    train = config.train
-    steps = train.epochs * train.steps_per_epoch
-    schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, steps)
-    adamw = optax.chain(
-        optax.clip_by_global_norm(train.max_grad_norm), optax.adamw(schedule, b2=0.99, weight_decay=train.weight_decay)
-    )
-    labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: "fixed" if re.search(fixed, path_name(path)) else "trained", params
-    )
-    optimizer = optax.partition({"trained": adamw, "fixed": optax.set_to_zero()}, labels)
-    root = jax.random.key(config.seed)
-
-    @partial(jax.jit, donate_argnums=0)
-    def update(state, batch):
-        key = jax.random.fold_in(root, state["step"])
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch, key)
-        updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        step = state["step"] + 1
-        # The average starts young, or the fresh weights would stay in it for long.
-        decay = jnp.minimum(train.ema, (1 + step) / (10 + step))
-        ema = optax.incremental_update(params, state["ema"], 1 - decay)
-        metrics = metrics | {"grad/norm": optax.global_norm(grads)}
-        return {"params": params, "ema": ema, "optimizer": optimizer_state, "step": step}, metrics
-
-    ema = jax.tree.map(jnp.copy, params)
-    state = {"params": params, "ema": ema, "optimizer": optimizer.init(params), "step": jnp.int32(0)}
-    done = 0
-    if restored := run.restore(state):
-        state, done = restored.state, restored.epoch
-    for epoch in run.loop(done, train.epochs):
-        with run.timer("update"):
-            totals = None
-            for step in run.progress(range(train.steps_per_epoch), f"epoch {epoch + 1} of {train.epochs}"):
-                state, metrics = update(state, shard_batch(batch_at(epoch * train.steps_per_epoch + step), mesh))
-                totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
-            metrics = {name: float(total) / train.steps_per_epoch for name, total in totals.items()}
-        lost = sorted(name for name, value in metrics.items() if not np.isfinite(value))
-        if lost:
-            raise NonFiniteError(
-                f"epoch {epoch + 1}: {', '.join(lost)} not finite; nothing of this epoch was saved. "
-                "Lower train.learning_rate and start again from the last checkpoint."
-            )
-        if (epoch + 1) % config.eval.every == 0 or epoch + 1 == train.epochs:
-            with run.timer("eval"):
-                metrics |= evaluate(state["ema"], epoch + 1)
-        run.log(int(state["step"]), epoch + 1, metrics)
-        run.safe_point(state, step=int(state["step"]), epoch=epoch + 1)
-    return state["ema"]
 
 
 def autoencoder_loss(vae_graph, config) -> Callable:
@@ -175,8 +113,7 @@ def flow_matching_loss(generator: SD3Generator, config) -> Callable:
 
     def loss(params, batch, key):
         noise_key, time_key = jax.random.split(key)
-        mean, _ = nnx.merge(generator.vae_graphdef, generator.vae_params).encode(batch["images"] * 2 - 1)
-        x0 = (mean - generator.vae_config.shift_factor) * generator.vae_config.scaling_factor
+        x0 = batch["latents"]
         t = jax.nn.sigmoid(jax.random.normal(time_key, x0.shape[:1]))
         t = config.shift * t / (1 + (config.shift - 1) * t)
         noise = jax.random.normal(noise_key, x0.shape)
@@ -202,12 +139,15 @@ def train_flow_matching(config, workdir: str) -> None:
         generator = _new_generator(folder, vae, config, mesh)
         params = replicate({"transformer": generator.params, "text": generator.text_encoders.params}, mesh)
 
+        pictures = _encoded_pictures(generator, config, run.progress)
+        empty = generator.text_encoders.tokenize([""], config.text.t5_length)
+
         def batch_at(step):
-            rng = np.random.default_rng([config.seed, 0, step])
-            captions, images = teach.generator_batch(rng, config.train.batch_size, config.train.wrong)
-            dropped = rng.random(len(captions)) < config.train.unconditional
-            captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-            return {"images": images, "ids": generator.text_encoders.tokenize(captions, config.text.t5_length)}
+            rng = np.random.default_rng([config.seed, 1, step])
+            rows = rng.integers(config.train.pictures, size=config.train.batch_size)
+            dropped = rng.random((len(rows), 1)) < config.train.unconditional
+            ids = {name: np.where(dropped, empty[name], all_ids[rows]) for name, all_ids in pictures["ids"].items()}
+            return {"latents": pictures["latents"][rows], "ids": ids}
 
         held_out = shapes_prompts("test", config.eval.prompts)
 
@@ -232,6 +172,27 @@ def train_flow_matching(config, workdir: str) -> None:
         )  # fmt: skip
         if run.is_main:
             _save_networks(folder, generator, params, vae)
+
+
+def _encoded_pictures(generator: SD3Generator, config, progress: Callable) -> dict:
+    """`train.pictures` captioned pictures as latents and token ids: the autoencoder, which does not change, would
+    take more of every step than the transformer."""
+
+    @jax.jit
+    def encode(vae_params, images):
+        mean, _ = nnx.merge(generator.vae_graphdef, vae_params).encode(images * 2 - 1)
+        return (mean - generator.vae_config.shift_factor) * generator.vae_config.scaling_factor
+
+    latents, ids = [], []
+    for start in progress(range(0, config.train.pictures, 256), "encoding the pictures"):
+        rng = np.random.default_rng([config.seed, 0, start])
+        captions, images = teach.generator_batch(rng, min(256, config.train.pictures - start), config.train.wrong)
+        latents.append(to_host(encode(generator.vae_params, shard_batch(images, generator.mesh))))
+        ids.append(generator.text_encoders.tokenize(captions, config.text.t5_length))
+    return {
+        "latents": np.concatenate(latents),
+        "ids": {name: np.concatenate([part[name] for part in ids]) for name in ids[0]},
+    }
 
 
 def _new_generator(folder: Path, vae: AutoencoderKL, config, mesh) -> SD3Generator:

@@ -9,7 +9,18 @@ import numpy as np
 from firm_jax.shapes import oracle
 from firm_jax.shapes.oracle import Component, Reading
 from firm_jax.shapes.render import degrade, render
-from firm_jax.shapes.scene import TAGS, Prompt, Scene, corrupt_prompt, sample_prompt, sample_scene
+from firm_jax.shapes.scene import (
+    COLORS,
+    KINDS,
+    SIZES,
+    TAGS,
+    Prompt,
+    Scene,
+    Shape,
+    corrupt_prompt,
+    sample_prompt,
+    sample_scene,
+)
 
 RUBRICS = Path(__file__).parent / "rubrics"
 
@@ -53,6 +64,29 @@ def autoencoder_batch(rng: np.random.Generator, count: int) -> np.ndarray:
 def _any_prompt(rng: np.random.Generator) -> Prompt:
     difficulties = tuple(TAGS)
     return sample_prompt(rng, difficulties[int(rng.integers(len(difficulties)))])
+
+
+# Of what a quarter of a picture holds: kind, colour, size; class 0 is "no shape".
+QUARTER_CLASSES = (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES))
+
+
+def vision_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures [count, 64, 64, 3], clean or slightly spoiled, and what their quarters hold: int32 [count, 4, 3].
+
+    Quarters in reading order; classes as QUARTER_CLASSES counts them.
+    """
+    images, labels = [], np.zeros((count, 4, 3), np.int32)
+    for row in range(count):
+        scene = sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5))
+        images.append(_aged(rng, render(scene)))
+        for shape in scene.shapes:
+            classes = (1 + list(values).index(value) for values, value in _quarter(shape))
+            labels[row, 2 * (shape.y > 0.5) + (shape.x > 0.5)] = tuple(classes)
+    return np.stack(images), labels
+
+
+def _quarter(shape: Shape):
+    return ((KINDS, shape.kind), (COLORS, shape.color), (SIZES, shape.size))
 
 
 def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:

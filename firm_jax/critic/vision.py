@@ -1,0 +1,103 @@
+"""Training a critic's vision tower before it meets the language model, as the towers of real critics were.
+
+Each quarter of a picture of the shapes world has to say what it holds, from the features of each of the tower's
+outputs alone: kind, colour and size of its shape, or none. The read-outs are linear and thrown away afterwards.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from firm_jax import models
+from firm_jax.critic.processing import Processor, patch_image
+from firm_jax.critic.sft import COMPANIONS, base_folder, rubrics_of, sources
+from firm_jax.fit import fit
+from firm_jax.mesh import make_mesh, replicate
+from firm_jax.models.layers import Linear, reshape
+from firm_jax.run import Run
+from firm_jax.shapes import teach
+
+QUARTERS = 4
+
+
+class Readout(nnx.Module):
+    """Linear read-outs of a quarter's features: logits of kind, colour, size (the first class is "no shape")."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.heads = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.QUARTER_CLASSES])
+
+    def __call__(self, features):
+        return [head(features) for head in self.heads]
+
+
+def quarters(features):
+    """Features [M, P, D] of a square picture's P merged patches, row by row -> the quarters' means [M, 4, D]."""
+    M, P, D = features.shape
+    half = int(P**0.5) // 2
+    return reshape(features, M, 2, half, 2, half, D).mean((2, 4)).reshape(M, QUARTERS, D)
+
+
+def vision_loss(graphdefs, params, batch):
+    """Mean cross-entropy of all read-outs over all quarters, and the share of quarters read right from the main output.
+
+    batch: `patches` and `grids` of M square pictures, `labels` [M, 4, 3].
+    """
+    model = nnx.merge(graphdefs["model"], params["model"])
+    features, deepstack = model.encode_images(batch["patches"], batch["grids"])
+    losses = []
+    for output, (graphdef, state) in enumerate(zip(graphdefs["readouts"], params["readouts"], strict=True)):
+        logits = nnx.merge(graphdef, state)(quarters(features if output == 0 else deepstack[output - 1]))
+        for index, scores in enumerate(logits):
+            losses.append(optax.softmax_cross_entropy_with_integer_labels(scores, batch["labels"][..., index]).mean())
+        if output == 0:
+            right = jnp.stack([scores.argmax(-1) == batch["labels"][..., i] for i, scores in enumerate(logits)])
+    total = sum(losses) / len(losses)
+    return total, {"loss/total": total, "train/quarters_right": right.all(0).mean()}
+
+
+def train_vision(config, workdir: str) -> None:
+    """Train the vision tower of a new miniature critic; leaves its folder in `workdir/model`."""
+    mesh = make_mesh(**config.mesh)
+    with Run(config, workdir) as run, jax.set_mesh(mesh):
+        folder = base_folder(config, run, sources(config, rubrics_of(config))[0])
+        processor, model = Processor(folder), models.from_pretrained(folder)
+        outputs = 1 + len(model.config.vision.deepstack_visual_indexes)
+        width = model.config.vision.out_hidden_size
+        readouts = [nnx.split(Readout(width, rngs=nnx.Rngs(config.seed + i))) for i in range(outputs)]
+        graphdef, params = nnx.split(model)
+        graphdefs = {"model": graphdef, "readouts": [graph for graph, _ in readouts]}
+        params = replicate({"model": params, "readouts": [state for _, state in readouts]}, mesh)
+
+        def batch(rng, count):
+            images, labels = teach.vision_batch(rng, count)
+            patched = [patch_image(np.round(image * 255).astype(np.uint8), processor.images) for image in images]
+            return {
+                "patches": np.stack([image.patches for image in patched]),
+                "grids": np.array([image.grid for image in patched], np.int32),
+                "labels": labels,
+            }
+
+        def batch_at(step):
+            return batch(np.random.default_rng([config.seed, 2, step]), config.train.batch_size)
+
+        held_out = batch(np.random.default_rng([config.seed, 3]), config.eval.examples)
+        measure = jax.jit(lambda params: vision_loss(graphdefs, params, held_out)[1])
+
+        def evaluate(params, epoch):
+            return {"eval/quarters_right": float(measure(params)["train/quarters_right"])}
+
+        params = fit(
+            run, config, mesh, params, lambda p, b, key: vision_loss(graphdefs, p, b), batch_at, evaluate,
+            fixed=r"language_model|lm_head",
+        )  # fmt: skip
+        if run.is_main:
+            target = Path(workdir) / "model"
+            models.save_pretrained(nnx.merge(graphdef, params["model"]), target)
+            for pattern in COMPANIONS:
+                for file in Path(folder).glob(pattern):
+                    shutil.copy(file, target / file.name)
