@@ -84,50 +84,58 @@ def visible(segments, causal: bool, positions, S: int, T: int):
 
 
 def _sharded(kernel, q, k, v, segments, causal, scale):
+    """The kernel on each device's own batch and heads; zeros where a query sees nothing, whatever it makes of that."""
     mesh = jax.typeof(q).sharding.mesh
-    if segments is None:
-        segments = (jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32))
 
-    def local(q, k, v, q_segments, kv_segments):
-        return kernel(q, k, v, q_segments, kv_segments, causal, scale)
+    def local(q, k, v, segments):
+        out = kernel(q, k, v, segments, causal, scale)
+        if segments is None:
+            return out
+        sees = visible(segments, causal, None, q.shape[1], k.shape[1]).any(-1)
+        return jnp.where(sees[:, :, None, None], out, 0)
 
     if mesh.empty:
-        return local(q, k, v, *segments)
+        return local(q, k, v, segments)
     batch, _, heads, _ = (tuple(jax.typeof(q).sharding.spec) + (None,) * 4)[:4]
-    wide = P(batch, None, heads, None)
-    segments = tuple(jax.sharding.reshard(s, P(batch, None)) for s in segments)
-    k, v = (jax.sharding.reshard(x, wide) for x in (k, v))
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(wide, wide, wide, P(batch, None), P(batch, None)),
-        out_specs=wide,
-        check_vma=False,
+    wide, flat = P(batch, None, heads, None), P(batch, None)
+    q, k, v = (jax.sharding.reshard(x, wide) for x in (q, k, v))
+    segments = jax.tree.map(lambda ids: jax.sharding.reshard(ids, flat), segments)
+    return jax.shard_map(local, mesh=mesh, in_specs=(wide, wide, wide, flat), out_specs=wide, check_vma=False)(
+        q, k, v, segments
     )
-    return run(q, k, v, *segments)
 
 
-def _cudnn(q, k, v, q_segments, kv_segments, causal, scale):
-    mask = visible((q_segments, kv_segments), False, None, q.shape[1], k.shape[1])[:, None]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale, implementation="cudnn")
-    return jnp.where((q_segments != 0)[:, :, None, None], out, 0)
+def _pad(x, multiple: int):
+    """x [B, S, ...] with zeros behind, S a multiple; in segment ids, zeros are padding."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _splash(q, k, v, q_segments, kv_segments, causal, scale):
+def _cudnn(q, k, v, segments, causal, scale):
+    B, S, T = *q.shape[:2], k.shape[1]
+    q, k, v = (_pad(x, 2) for x in (q, k, v))  # its backward pass takes even lengths only
+    if segments is not None:
+        # A mask becomes a bias as large as the scores: only where there is something to mask.
+        given = {"mask": visible([_pad(ids, 2) for ids in segments], False, None, q.shape[1], k.shape[1])[:, None]}
+    elif S % 2 or T % 2:
+        given = {"query_seq_lengths": jnp.full(B, S, jnp.int32), "key_value_seq_lengths": jnp.full(B, T, jnp.int32)}
+    else:
+        given = {}
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, scale=scale, implementation="cudnn", **given)
+    return out[:, :S]
+
+
+def _splash(q, k, v, segments, causal, scale):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    S, T, N = q.shape[1], k.shape[1], q.shape[2]
+    S, N = q.shape[1:3]
+    if segments is None:
+        segments = (jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32))
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-
-    def pad(x, length):
-        return jnp.pad(x, [(0, 0), (0, -length % _BLOCK)] + [(0, 0)] * (x.ndim - 2))
-
-    q, k, v = pad(q * jnp.asarray(scale, q.dtype), S), pad(k, T), pad(v, T)
-    ids = splash.SegmentIds(q=pad(q_segments, S), kv=pad(kv_segments, T))
+    q, k, v, *segments = (_pad(x, _BLOCK) for x in (q, k, v, *segments))
     shape = (q.shape[1], k.shape[1])
     mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     kernel = splash.make_splash_mha_single_device(masks.MultiHeadMask([mask] * N))
     heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
-    out = jax.vmap(kernel)(*heads_first, segment_ids=ids).swapaxes(1, 2)[:, :S]
-    return jnp.where((q_segments != 0)[:, :, None, None], out, 0)
+    return jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(*segments)).swapaxes(1, 2)[:, :S]
