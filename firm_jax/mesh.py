@@ -4,6 +4,8 @@
 splits heads and feed-forward width. An axis of size 1 costs nothing, so one code path serves one chip and a pod.
 """
 
+import contextlib
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -41,6 +43,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         )
     shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def on_mesh(mesh: Mesh | None):
+    """The context in which programs over arrays on the mesh are traced; no change without a mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_size(mesh: Mesh | None) -> int:
