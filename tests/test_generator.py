@@ -10,7 +10,7 @@ import pytest
 from tiny_pipeline import CLIP_TOKENS, LORA_TARGETS, tiny_generator
 
 from firm_jax.errors import ConfigError, WeightsError
-from firm_jax.generation import Generator, initial_noise
+from firm_jax.generation import Generator, check_size, initial_noise
 from firm_jax.mesh import make_mesh
 from firm_jax.models import lora
 
@@ -63,9 +63,19 @@ def test_eight_devices_draw_the_images_of_one(folder, images):
     sharded = Generator.from_pretrained(folder, dtype="float32", mesh=mesh)
     kernel = sharded.params["blocks"]["attn"]["to_q"]["kernel"].get_value()
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert sharded.encode_prompts(PROMPTS, 12).context.sharding.is_fully_replicated
     got = sharded.sample(PROMPTS, solver="sde", seed=7, **SIZE)
     assert isinstance(got, np.ndarray)
     np.testing.assert_allclose(got, images, atol=1e-5)
+
+
+def test_bfloat16_is_the_default_and_stays_close(folder, images):
+    half = Generator.from_pretrained(folder)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.vae_params)} == {jnp.dtype("float32")}
+    got = half.sample(PROMPTS, solver="sde", seed=7, **SIZE)
+    assert got.dtype == np.float32
+    assert 0 < np.abs(got - images).mean() < 0.02
 
 
 def test_decoding_in_chunks_changes_nothing(generator, monkeypatch):
@@ -137,6 +147,17 @@ def test_a_long_prompt_is_cut_with_a_warning(generator, caplog):
 def test_what_sample_refuses(generator, change, named):
     with pytest.raises(ConfigError, match=named):
         generator.sample(**({"prompts": PROMPTS} | SIZE | change))
+
+
+def test_sizes_are_checked_before_weights_are_read(folder, tmp_path):
+    for part in ("model_index.json", "transformer/config.json", "vae/config.json"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).write_text((folder / part).read_text())
+    check_size(tmp_path, 24, 16)
+    with pytest.raises(ConfigError, match="multiples of 4, not 22 x 16"):
+        check_size(tmp_path, 22, 16)
+    with pytest.raises(ConfigError, match="latents of 12 x 22"):
+        check_size(tmp_path, 24, 44)
 
 
 def edit_index(folder, tmp_path, **change):

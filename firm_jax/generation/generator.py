@@ -1,6 +1,5 @@
 """Prompts to images with any supported diffusers pipeline folder."""
 
-import contextlib
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from firm_jax.errors import ConfigError
 from firm_jax.generation.solvers import integrate
 from firm_jax.interop.hub import resolve
-from firm_jax.mesh import batch_size, replicate, shard_batch, to_host
+from firm_jax.mesh import batch_size, on_mesh, shard_batch, to_host
 from firm_jax.models.layers import repeat_batch, reshape, take_rows
 
 # Pipeline class in model_index.json -> module of this package, class
@@ -30,7 +29,8 @@ class Generator:
     `params` and `vae_params` are the weights as pytrees: they, and everything that changes, are arguments of the pure
     functions, so that a caller can jit them into a program of its own. Latents are [B, h, w, C] there, in the
     transformer's units; `lora` is a tree of adapters with its strength folded in (models/lora.py), or None. A
-    subclass for each family of pipelines gives `encode_prompts`, `velocity`, `decode`, `latent_shape` and `sigmas`.
+    subclass for each family of pipelines gives `encode_prompts`, `velocity`, `decode`, `latent_shape`, `check_size`
+    and `sigmas`.
     """
 
     params: object
@@ -38,7 +38,7 @@ class Generator:
 
     def __init__(self, mesh: Mesh | None, lora: dict | None):
         self.mesh, self.lora = mesh, lora
-        self._rollout = jax.jit(self._rollout_rows, static_argnames="solver")
+        self._draw = jax.jit(self._draw_rows, static_argnames=("shape", "solver"))
         self._decode = jax.jit(self.decode)
 
     @classmethod
@@ -51,9 +51,7 @@ class Generator:
         """
         folder = resolve(path_or_id)
         index = read_model_index(folder)
-        module, name = PIPELINES[index["_class_name"]]
-        pipeline = getattr(importlib.import_module(f"firm_jax.generation.{module}"), name)
-        return pipeline.from_folder(folder, index, dtype, mesh, lora)
+        return pipeline_class(index).from_folder(folder, index, dtype, mesh, lora)
 
     def sample(
         self,
@@ -98,15 +96,16 @@ class Generator:
         sigmas = self.sigmas(steps, height, width)
         # The mesh's devices share the batch evenly: it is filled up with copies of the last image.
         rows = np.minimum(np.arange(B + -B % batch_size(self.mesh)), B - 1)
-        noise_key, solver_key = jax.random.split(jax.random.key(seed))
-        noise = initial_noise(noise_key, rows, shape) if noise is None else _channels_last(noise, B, shape)[rows]
-        keys = jax.vmap(lambda row: jax.random.fold_in(solver_key, row))(rows)
-        with self._on_mesh():
+        if noise is not None:
+            noise = shard_batch(_channels_last(noise, B, shape)[rows], self.mesh)
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        with on_mesh(self.mesh):
             conditioning = self.encode_prompts(prompts, max_text_tokens)
             negative = self.encode_prompts([""], max_text_tokens) if guidance > 1 else None
-            batch = shard_batch((rows, noise, keys), self.mesh)
-            schedule = replicate((sigmas, guidance), self.mesh)
-            latents = self._rollout(self.params, self.lora, conditioning, negative, *batch, *schedule, solver=solver)
+            latents = self._draw(
+                self.params, self.lora, conditioning, negative, shard_batch(rows, self.mesh), noise, key,
+                np.asarray(sigmas), np.float32(guidance), shape=shape, solver=solver,
+            )  # fmt: skip
             return self._decode_on_host(to_host(latents))[:B]
 
     def rollout(
@@ -140,7 +139,12 @@ class Generator:
             paired = jax.tree.map(lambda row, rows: _pairs(repeat_batch(row, rows), rows), negative, conditioning)
         return integrate(velocity, noise, sigmas, solver=solver, key=key)
 
-    def _rollout_rows(self, params, lora, conditioning, negative, rows, noise, keys, sigmas, guidance, *, solver):
+    def _draw_rows(self, params, lora, conditioning, negative, rows, noise, key, sigmas, guidance, *, shape, solver):
+        """The final latents of samples `rows`, from the noise given or, without, from the key's."""
+        noise_key, solver_key = jax.random.split(jax.random.wrap_key_data(key))
+        if noise is None:
+            noise = initial_noise(noise_key, rows, shape)
+        keys = jax.vmap(lambda row: jax.random.fold_in(solver_key, row))(rows)
         conditioning = jax.tree.map(lambda table: take_rows(table, rows), conditioning)
         return self.rollout(
             params, lora, noise, sigmas, conditioning, guidance=guidance, negative=negative, solver=solver, key=keys
@@ -157,9 +161,6 @@ class Generator:
             images.append(to_host(self._decode(self.vae_params, shard_batch(latents[rows], self.mesh))))
         return np.concatenate(images)[: len(latents)]
 
-    def _on_mesh(self):
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
 
 def initial_noise(key: PRNGKeyArray, indices: Int[Array, "B"], latent_shape: Sequence[int]) -> Float[Array, "B h w C"]:
     """Standard normal latents; sample `indices[i]` of a run has its own, whichever batch or device draws it."""
@@ -168,6 +169,17 @@ def initial_noise(key: PRNGKeyArray, indices: Int[Array, "B"], latent_shape: Seq
         return jax.random.normal(jax.random.fold_in(key, index), latent_shape)
 
     return jax.vmap(one)(jnp.asarray(indices))
+
+
+def pipeline_class(index: Mapping) -> type[Generator]:
+    """The class for a pipeline folder's model_index.json."""
+    module, name = PIPELINES[index["_class_name"]]
+    return getattr(importlib.import_module(f"firm_jax.generation.{module}"), name)
+
+
+def check_size(folder: Path, height: int, width: int) -> None:
+    """ConfigError for images that the pipeline in a folder cannot draw; told before any weights are read."""
+    pipeline_class(read_model_index(folder)).check_size(folder, height, width)
 
 
 def read_model_index(folder: Path) -> dict:

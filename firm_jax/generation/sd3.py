@@ -21,6 +21,8 @@ from firm_jax.generation.text import (
     TextEncoders,
     tokenizer_name,
 )
+from firm_jax.models.sd3 import SD3Config
+from firm_jax.models.vae_kl import AutoencoderKLConfig
 
 PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
@@ -140,12 +142,14 @@ class SD3Generator(Generator):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, C) of an image's latents; ConfigError for a size that the networks do not take."""
-        scale = self.vae_config.downscale
-        multiple = scale * self.config.patch_size
-        if height % multiple or width % multiple:
-            raise ConfigError(f"height and width must be multiples of {multiple}, not {height} x {width}")
-        self.config.check_latent_size(height // scale, width // scale)
-        return height // scale, width // scale, self.config.in_channels
+        return latent_shape(self.config, self.vae_config, height, width)
+
+    @staticmethod
+    def check_size(folder: Path, height: int, width: int) -> None:
+        """ConfigError for a size that the pipeline in a folder does not take; reads its configs only."""
+        config = SD3Config.from_hf(models.read_config(folder / "transformer"))
+        vae_config = AutoencoderKLConfig.from_hf(models.read_config(folder / "vae"))
+        latent_shape(config, vae_config, height, width)
 
     def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
         """Floating-point operations of the transformer for one image at one noise level, by our count."""
@@ -160,6 +164,16 @@ class SD3Generator(Generator):
         """The schedule that the folder's scheduler config asks for."""
         h, w, _ = self.latent_shape(height, width)
         return sigmas_from_config(self.scheduler, steps, (h // self.config.patch_size) * (w // self.config.patch_size))
+
+
+def latent_shape(config: SD3Config, vae_config: AutoencoderKLConfig, height: int, width: int) -> tuple[int, int, int]:
+    """(h, w, C) of the latents of an image of `height` x `width` pixels; ConfigError for a size that does not fit."""
+    scale = vae_config.downscale
+    multiple = scale * config.patch_size
+    if height % multiple or width % multiple:
+        raise ConfigError(f"height and width must be multiples of {multiple}, not {height} x {width}")
+    config.check_latent_size(height // scale, width // scale)
+    return height // scale, width // scale, config.in_channels
 
 
 def read_scheduler(folder: Path) -> dict:

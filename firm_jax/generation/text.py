@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from firm_jax import models
 from firm_jax.errors import ConfigError, WeightsError
-from firm_jax.mesh import batch_size, replicate, shard_batch
+from firm_jax.mesh import batch_size, on_mesh, replicate, shard_batch, to_host
 
 CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
 T5_ENCODER = "text_encoder_3"
@@ -45,8 +44,7 @@ class TextEncoders:
         self.params = {name: params for name, (_, params) in split.items()}
         positions = min(self.configs[name].max_position_embeddings for name in CLIP_ENCODERS)
         self.clip_tokens = min(positions, self.tokenizers["text_encoder"].model_max_length)
-        whole = None if mesh is None else NamedSharding(mesh, P())
-        self._encode = jax.jit(self.encode, static_argnums=2, out_shardings=whole)
+        self._encode = jax.jit(self.encode, static_argnums=2)
 
     @classmethod
     def from_folder(cls, folder: Path, names: Sequence[str], width: int, dtype, mesh: Mesh | None) -> "TextEncoders":
@@ -98,7 +96,8 @@ class TextEncoders:
         parts = []
         for batch in _batches(len(rows), batch_size(self.mesh)):
             part = shard_batch({name: tokens[batch] for name, tokens in ids.items()}, self.mesh)
-            parts.append(jax.tree.map(np.asarray, self._encode(self.params, part, max_text_tokens)))
+            with on_mesh(self.mesh):
+                parts.append(to_host(self._encode(self.params, part, max_text_tokens)))
         index = [rows[prompt] for prompt in prompts]
         return replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays)[index], *parts), self.mesh)
 
