@@ -1,5 +1,6 @@
 """Qwen3-VL against transformers: vision tower, logits, generation and files."""
 
+import copy
 import json
 from functools import partial
 
@@ -264,6 +265,19 @@ def test_deepstack_matters(untied):
     batch = Batch(reference, [TWO_IMAGES, ONE_IMAGE], pad_left=True)
     with_it, without = logits(model, batch.arrays), logits(model, batch.arrays, deepstack=False)
     assert relative(without, with_it) > 1e-2
+
+
+def test_bfloat16_rounds_as_pytorch_does(untied):
+    """In bfloat16 both sides leave the float32 logits by about as much."""
+    reference, _, folder = untied
+    batch = Batch(reference, [TWO_IMAGES, ONE_IMAGE], pad_left=False)
+    real = batch.mask == 1
+    with torch.no_grad():
+        exact = reference(**batch.torch).logits.numpy()[real]
+        theirs = copy.deepcopy(reference).to(torch.bfloat16)(**batch.torch).logits.float().numpy()[real]
+    ours = logits(from_pretrained(folder, dtype="bfloat16"), batch.arrays)
+    assert ours.dtype == np.float32
+    assert relative(np.asarray(ours)[real], exact) < 1.5 * relative(theirs, exact)
 
 
 def test_chunked_prefill(untied):
