@@ -1,7 +1,8 @@
 """Training a critic's vision tower before it meets the language model, as the towers of real critics were.
 
 Each quarter of a picture of the shapes world has to say what it holds, from the features of each of the tower's
-outputs alone: kind, colour and size of its shape, or none. The read-outs are linear and thrown away afterwards.
+outputs alone: kind, colour and size of its shape, or none, and which quarter it is, so that a language model finds it.
+The read-outs are linear and thrown away afterwards.
 """
 
 import shutil
@@ -26,7 +27,7 @@ QUARTERS = 4
 
 
 class Readout(nnx.Module):
-    """Linear read-outs of a quarter's features: logits of kind, colour, size (the first class is "no shape")."""
+    """Linear read-outs of a quarter's features: one set of logits for each of teach.QUARTER_CLASSES."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.heads = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.QUARTER_CLASSES])
@@ -45,7 +46,7 @@ def quarters(features):
 def vision_loss(graphdefs, params, batch):
     """Mean cross-entropy of all read-outs over all quarters, and the share of quarters read right from the main output.
 
-    batch: `patches` and `grids` of M square pictures, `labels` [M, 4, 3].
+    batch: `patches` and `grids` of M square pictures, `labels` [M, 4, classes].
     """
     model = nnx.merge(graphdefs["model"], params["model"])
     features, deepstack = model.encode_images(batch["patches"], batch["grids"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from firm_jax.shapes import oracle
-from firm_jax.shapes.oracle import Component, Reading
+from firm_jax.shapes.oracle import Reading
 from firm_jax.shapes.render import degrade, render
 from firm_jax.shapes.scene import (
     COLORS,
@@ -66,22 +66,23 @@ def _any_prompt(rng: np.random.Generator) -> Prompt:
     return sample_prompt(rng, difficulties[int(rng.integers(len(difficulties)))])
 
 
-# Of what a quarter of a picture holds: kind, colour, size; class 0 is "no shape".
-QUARTER_CLASSES = (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES))
+# Of what a quarter of a picture holds: kind, colour, size, class 0 being "no shape"; and which quarter it is.
+QUARTER_CLASSES = (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES), 4)
 
 
 def vision_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [count, 64, 64, 3], clean or slightly spoiled, and what their quarters hold: int32 [count, 4, 3].
+    """Pictures [count, 64, 64, 3], clean or slightly spoiled, and what their quarters hold: int32 [count, 4, 4].
 
     Quarters in reading order; classes as QUARTER_CLASSES counts them.
     """
-    images, labels = [], np.zeros((count, 4, 3), np.int32)
+    images, labels = [], np.zeros((count, 4, len(QUARTER_CLASSES)), np.int32)
+    labels[..., 3] = np.arange(4)
     for row in range(count):
         scene = sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5))
         images.append(_aged(rng, render(scene)))
         for shape in scene.shapes:
             classes = (1 + list(values).index(value) for values, value in _quarter(shape))
-            labels[row, 2 * (shape.y > 0.5) + (shape.x > 0.5)] = tuple(classes)
+            labels[row, 2 * (shape.y > 0.5) + (shape.x > 0.5), :3] = tuple(classes)
     return np.stack(images), labels
 
 
@@ -90,7 +91,7 @@ def _quarter(shape: Shape):
 
 
 def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
-    """What is seen in reading order, a verdict on each numbered requirement, the rating, the boxed rating."""
+    """What each quarter of the picture shows, a verdict on each numbered requirement, the rating, the boxed rating."""
     reading = oracle.inspect(image)
     verdicts = oracle.check_reading(reading, prompt)
     score = oracle.share_to_score(float(np.mean(verdicts)))
@@ -101,14 +102,14 @@ def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
 
 
 def _describe(reading: Reading) -> str:
-    seen = [_describe_component(component) for component in reading.components[:4]]
-    return f"{', '.join(seen) or 'nothing'} on {reading.background or 'unclear'}"
-
-
-def _describe_component(component: Component) -> str:
-    place = f"{'bottom' if component.y > 0.5 else 'top'} {'right' if component.x > 0.5 else 'left'}"
-    name = f"{component.size} {component.color} {component.kind}" if component.is_shape else "blob"
-    return f"{name} {place}"
+    """Quarter by quarter in a fixed order, so that what is to be named next never has to be searched for."""
+    seen = {place: [] for place in ("top left", "top right", "bottom left", "bottom right")}
+    for component in reading.components:
+        place = f"{'bottom' if component.y > 0.5 else 'top'} {'right' if component.x > 0.5 else 'left'}"
+        name = f"{component.size} {component.color} {component.kind}" if component.is_shape else "blob"
+        seen[place].append(name)
+    parts = [f"{place} {' and '.join(names[:2]) or 'nothing'}" for place, names in seen.items()]
+    return f"{', '.join(parts)} on {reading.background or 'unclear'}"
 
 
 def quality_answer(image: np.ndarray) -> str:
