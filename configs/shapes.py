@@ -127,7 +127,7 @@ def critic_vision() -> ConfigDict:
     """The critics' vision tower, before `critic_gen` (`--config.critic.model`: the folder that this job leaves)."""
     config = critic_gen()
     config.job = "critic_vision"
-    train = {"epochs": 8, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.99}
+    train = {"epochs": 4, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.99}
     config.train = ConfigDict(_job("").train)
     config.train.update(train)
     config.eval.update({"every": 1, "examples": 512})
