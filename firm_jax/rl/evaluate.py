@@ -7,7 +7,7 @@ import numpy as np
 from firm_jax.critic import Critic
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.rl.rewards import Reward
-from firm_jax.rl.rollout import judge, judgement_metrics, make_sampler, scores
+from firm_jax.rl.rollout import judge, judgement_metrics, make_sampler, mean_or_none, scores
 from firm_jax.run import Run
 from firm_jax.shapes import oracle
 from firm_jax.shapes.scene import Prompt
@@ -18,8 +18,8 @@ SHOWN = 16  # pictures of the grid
 class Evaluator:
     """Draws `eval.images_per_prompt` images of `eval.prompts` held-out prompts, always from the same noise.
 
-    `eval.judged` of them go to the critic. `eval.oracle`: "shapes" when the prompts are of the shapes world, whose
-    oracle then says from the pixels which of a prompt's requirements hold; None otherwise.
+    `eval.judged` of them go to the critic. `eval.oracle` says that the prompts are of the shapes world, whose oracle
+    then tells from the pixels which of a prompt's requirements hold.
     """
 
     def __init__(
@@ -79,8 +79,3 @@ def clustered_error(values: np.ndarray, clusters: np.ndarray) -> float:
     sums = np.zeros(len(names))
     np.add.at(sums, slots, values - values.mean())
     return float(np.sqrt(np.square(sums).sum() * len(names) / max(len(names) - 1, 1)) / len(values))
-
-
-def mean_or_none(values: np.ndarray) -> float | None:
-    """The mean of the finite values, None when there are none."""
-    return float(np.nanmean(values)) if np.isfinite(values).any() else None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -16,16 +17,27 @@ from firm_jax.data.groups import EpochGroups, PromptGroups
 from firm_jax.data.prompts import load_prompts
 from firm_jax.data.records import write_quarantine
 from firm_jax.embedded import embedded_path
-from firm_jax.errors import ConfigError, CriticError, NonFiniteError, WeightsError
-from firm_jax.generation import Generator
+from firm_jax.errors import ConfigError, CriticError, FirmError, NonFiniteError, WeightsError
+from firm_jax.generation import Generator, check_size
+from firm_jax.generation.solvers import SOLVERS
 from firm_jax.interop.hub import resolve
+from firm_jax.mesh import to_host
+from firm_jax.models.layers import REMAT_POLICIES
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
 from firm_jax.profiling import model_flops_utilisation
 from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
-from firm_jax.rl.evaluate import Evaluator, mean_or_none
+from firm_jax.rl.evaluate import Evaluator
 from firm_jax.rl.nft import old_policy_decay
 from firm_jax.rl.rewards import resolve_reward
-from firm_jax.rl.rollout import judge, judgement_metrics, make_sampler, scores, write_judgements
+from firm_jax.rl.rollout import (
+    RUBRICS,
+    judge,
+    judgement_metrics,
+    make_sampler,
+    mean_or_none,
+    scores,
+    write_judgements,
+)
 from firm_jax.rl.update import init_state, make_optimizer, make_update, optimizer_batches
 from firm_jax.run import Run
 
@@ -33,13 +45,28 @@ from firm_jax.run import Run
 LORA, EVALUATION, ROLLOUT, UPDATE = range(4)
 
 
+# Numbers that a run cannot do without.
+POSITIVE = (
+    "group.prompts_per_epoch lora.rank rollout.steps rollout.batch_size critic.batch_size critic.max_new_tokens "
+    "train.micro_batch train.learning_rate train.beta train.adv_clip train.max_grad_norm "
+    "eval.every eval.prompts eval.images_per_prompt eval.steps eval.batch_size"
+).split()
+
+
 def check_config(config) -> None:
     """ConfigError for values that would fail, or silently do nothing, only after minutes of loading."""
     train, group = config.train, config.group
-    resolve_reward(config.reward.name, config.reward.weights)
+    for name in POSITIVE:
+        section, key = name.split(".")
+        if not config[section][key] > 0:
+            raise ConfigError(f"{name} is {config[section][key]}; it is above 0")
+    reward = resolve_reward(config.reward.name, config.reward.weights)
+    if unknown := sorted(set(reward.criteria) - set(RUBRICS)):
+        raise ConfigError(
+            f"reward.name {reward.name!r} needs {', '.join(unknown)}, which no rubric here asks for; the critic judges "
+            f"{', '.join(RUBRICS)}"
+        )
     old_policy_decay(0, train.decay_type)
-    if train.adv_mode not in ADVANTAGE_MODES:
-        raise ConfigError(f"train.adv_mode is {train.adv_mode!r}; it is one of {', '.join(ADVANTAGE_MODES)}")
     if group.images_per_prompt < 2:
         raise ConfigError(
             f"group.images_per_prompt is {group.images_per_prompt}: an advantage is a reward against the mean of its "
@@ -49,12 +76,17 @@ def check_config(config) -> None:
         raise ConfigError(f"train.timesteps is {train.timesteps}; it is 1 to rollout.steps = {config.rollout.steps}")
     if not 1 <= train.updates_per_epoch <= group.prompts_per_epoch * group.images_per_prompt:
         raise ConfigError(f"train.updates_per_epoch is {train.updates_per_epoch}: more updates than images, or none")
-    if config.lora.init != "gaussian":
-        raise ConfigError(f"lora.init is {config.lora.init!r}; a LoRA begins gaussian")
-    if config.critic.score not in ("parsed", "expected"):
-        raise ConfigError(f"critic.score is {config.critic.score!r}; it is parsed or expected")
-    if config.critic.backend != "local":
-        raise ConfigError(f"critic.backend is {config.critic.backend!r}; the critic runs in the same process: local")
+    for name, value, known in (
+        ("rollout.solver", config.rollout.solver, SOLVERS),
+        ("eval.solver", config.eval.solver, SOLVERS),
+        ("train.adv_mode", train.adv_mode, ADVANTAGE_MODES),
+        ("train.remat", train.remat, REMAT_POLICIES),
+        ("lora.init", config.lora.init, ("gaussian",)),
+        ("critic.score", config.critic.score, ("parsed", "expected")),
+        ("critic.backend", config.critic.backend, ("local",)),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; it is one of: {', '.join(known)}")
 
 
 def find_weights(names: Mapping[str, str]) -> dict[str, Path]:
@@ -71,12 +103,18 @@ def find_weights(names: Mapping[str, str]) -> dict[str, Path]:
 
 
 class Job:
-    """The state of an RL run outside its arrays. Made before the run's folder, so that missing weights leave none."""
+    """The state of an RL run outside its arrays.
+
+    Made before the run's folder, so that a run without weights or prompts leaves none; the weights are read after it,
+    so that a folder in use, or a config that contradicts its checkpoint, is not told only after minutes of loading.
+    """
 
     def __init__(self, config, mesh):
         self.config, self.mesh = config, mesh
-        folders = find_weights({"model": config.model, "critic.model": config.critic.model})
         self.base_weights = {"model": config.model, "critic": config.critic.model}
+        self.folders = find_weights({"model": config.model, "critic.model": config.critic.model})
+        for section in (config.rollout, config.eval):
+            check_size(self.folders["model"], section.height, section.width)
         self.prompts = load_prompts(
             embedded_path(config.prompts.train) or config.prompts.train,
             held_out_source=config.prompts.held_out
@@ -84,14 +122,6 @@ class Job:
             max_bad_fraction=config.prompts.max_bad_fraction,
         )
         self.groups = PromptGroups(self.prompts.train, seed=config.seed, **config.group)
-        self.generator = Generator.from_pretrained(folders["model"], dtype=config.dtype, mesh=mesh)
-        self.critic = Critic.from_pretrained(
-            folders["critic.model"],
-            dtype=config.dtype,
-            mesh=mesh,
-            rubrics=config.critic.rubrics,
-            max_batch=config.critic.batch_size,
-        )
         self.reward_function = resolve_reward(config.reward.name, config.reward.weights)
         self.keys = [jax.random.fold_in(jax.random.key(config.seed), purpose) for purpose in range(4)]
         self.lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
@@ -103,6 +133,7 @@ class Job:
         self.run = run
         if run.is_main:
             write_quarantine(run.workdir / "quarantine.jsonl", self.prompts.quarantined)
+        self._load()
         lora = init_lora(self.keys[LORA], self.generator.params, self.lora)
         lora = jax.device_put(lora, lora_shardings(lora, self.generator.sharding_rules, self.mesh))
         optimizer = make_optimizer(settings)
@@ -122,9 +153,21 @@ class Job:
         run.log(0, 0, self._evaluate(self._policy(state["ema"]), step=0, epoch=0))
         return state, 0
 
-    def next_group(self) -> EpochGroups:
-        """P prompts and the K images of each. Remembers where the prompts stood, for a stop within the epoch."""
-        self._before, self._started = self._data(), time.perf_counter()
+    def _load(self) -> None:
+        config, mesh = self.config, self.mesh
+        self.run.say(f"loading {config.model} and {config.critic.model}")
+        self.generator = Generator.from_pretrained(self.folders["model"], dtype=config.dtype, mesh=mesh)
+        self.critic = Critic.from_pretrained(
+            self.folders["critic.model"],
+            dtype=config.dtype,
+            mesh=mesh,
+            rubrics=config.critic.rubrics,
+            max_batch=config.critic.batch_size,
+        )
+
+    def next_group(self, state: dict) -> EpochGroups:
+        """P prompts and the K images of each. Remembers where everything stands, for a stop within the epoch."""
+        self._start, self._started = (state, self._data()), time.perf_counter()
         group = next(self.groups)
         self.drawn_for = [group.prompts[row] for row in group.group_ids]
         self.conditioning = self.generator.encode_prompts(
@@ -135,9 +178,12 @@ class Job:
     def sample(self, old, group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
         """Final latents [M, h, w, C] and images [M, H, W, 3] of the old policy, on the host."""
         with self.run.timer("rollout"):
-            return self._sample(
+            latents, images = self._sample(
                 self._policy(old), self.conditioning, group.group_ids, group.sample_indices, self.keys[ROLLOUT]
             )
+        if bad := [p.text for p, image in zip(self.drawn_for, images, strict=True) if not np.isfinite(image).all()]:
+            self._stop(group, NonFiniteError, f"{len(bad)} images are not finite, the first of the prompt {bad[0]!r}.")
+        return latents, images
 
     def judge(self, images: np.ndarray) -> dict[str, list[Judgement]]:
         """The critic's judgements of the epoch's images, by criterion of the reward."""
@@ -145,64 +191,73 @@ class Job:
         with self.run.timer("critic"):
             return judge(self.critic, images, self.drawn_for, criteria, critic, self._bar("critic"))
 
-    def reward(self, judged: dict[str, list], group: EpochGroups, state) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards [M] and which of them exist. Stops the run, saved, when too few do."""
-        found = {name: scores(judgements, self.config.critic.score) for name, judgements in judged.items()}
+    def reward(self, judged: dict[str, list], group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards [M] and which of them exist. Stops the run, saved, when the critic fails too often."""
+        kind, limit = self.config.critic.score, self.config.critic.max_failure_rate
+        found = {name: scores(judgements, kind) for name, judgements in judged.items()}
         rewards, valid = self.reward_function(
             {name: values for name, (values, _) in found.items()}, {name: exist for name, (_, exist) in found.items()}
         )
         rewards, valid = np.asarray(rewards), np.asarray(valid)
         write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards)
-        rate, limit = judgement_metrics(judged, self.config.critic.score)["critic/failure_rate"], self.config.critic
-        if rate > limit.max_failure_rate:
-            self.run.save(state, self._before, step=int(state["step"]), epoch=group.epoch)
+        rate = judgement_metrics(judged, kind)["critic/failure_rate"]
+        if rate > limit:
             statuses = Counter(j.status for judgements in judged.values() for j in judgements if j.score is None)
-            raise CriticError(
-                f"epoch {group.epoch + 1}: {rate:.0%} of the critic's judgements are unusable "
-                f"({', '.join(f'{status}: {count}' for status, count in statuses.most_common())}), more than "
-                f"critic.max_failure_rate = {limit.max_failure_rate}. The run is saved in {self.run.workdir}; its "
-                "judgements.jsonl holds the answers. Is this critic served with the rubrics it was trained with "
-                "(critic.rubrics), and critic.max_new_tokens long enough?"
+            listed = ", ".join(f"{status}: {count}" for status, count in statuses.most_common())
+            self._stop(
+                group,
+                CriticError,
+                f"{rate:.0%} of the critic's judgements have no {kind} score ({listed or 'no digit probabilities'}), "
+                f"more than critic.max_failure_rate = {limit}. judgements.jsonl holds the answers. Is this critic "
+                "served with the rubrics it was trained with (critic.rubrics), and critic.max_new_tokens long enough?",
             )
         return rewards, valid
 
-    def update(self, state: dict, group: EpochGroups, latents, r, valid) -> tuple[dict, dict[str, float]]:
+    def update(self, state: dict, group: EpochGroups, latents, r, valid) -> tuple[dict, dict[str, float | None]]:
         """The epoch's optimizer steps: the new state and the mean of the loss's terms."""
-        settings, terms, start = self.config.train, [], state
+        settings, terms = self.config.train, []
         batches = optimizer_batches(group, latents, r, valid, self._sigmas, self.config.seed, settings, self.mesh)
+        key = jax.random.fold_in(self.keys[UPDATE], group.epoch)
         with self.run.timer("update"):
             for batch in batches:
-                key = jax.random.fold_in(self.keys[UPDATE], group.epoch)
                 state, one = self._update(self.generator.params, state, self.conditioning, batch, key)
-                terms.append({name: float(value) for name, value in one.items()})
+                terms.append({name: value.item() for name, value in jax.device_get(one).items()})
                 if terms[-1]["update/skipped"]:
-                    self._skip(group, start, terms[-1])
-        finite = [one for one in terms if not one["update/skipped"]]
-        return state, {name: float(np.mean([one[name] for one in finite])) if finite else None for name in terms[0]}
+                    self._skip(group, batch, terms[-1])
+        made = [one for one in terms if not one["update/skipped"]]
+        return state, {name: float(np.mean([one[name] for one in made])) if made else None for name in terms[0]}
 
-    def _skip(self, group: EpochGroups, start: dict, terms: dict[str, float]) -> None:
-        """An update that would have brought in a NaN was not made: say so, keep its prompts, stop when it repeats."""
+    def _skip(self, group: EpochGroups, batch: dict, terms: dict[str, float]) -> None:
+        """An update that had nothing to learn from, or would have brought in a NaN, was not made: say so, keep its
+        prompts, stop when it repeats."""
         self.skipped += 1
-        file = self.run.workdir / "skipped_updates.jsonl"
-        numbers = {name: repr(value) for name, value in terms.items()}
+        file, limit = self.run.workdir / "skipped_updates.jsonl", self.config.train.max_skipped_updates
+        reason = "loss or gradient not finite" if terms["update/samples"] else "no image has a reward"
         record = {
             "epoch": group.epoch,
-            "step": int(start["step"]),
-            **numbers,
-            "prompts": [p.text for p in group.prompts],
+            "step": int(self._start[0]["step"]),
+            "reason": reason,
+            **{name: repr(value) for name, value in terms.items()},
+            "prompts": [group.prompts[row].text for row in np.unique(to_host(batch["prompt"]))],
         }
         if self.run.is_main:
             with file.open("a") as out:
                 out.write(json.dumps(record) + "\n")
-        logging.warning("epoch %d: loss or gradient not finite, update skipped; see %s", group.epoch + 1, file)
-        limit = self.config.train.max_skipped_updates
+        logging.warning("epoch %d: update skipped: %s; see %s", group.epoch + 1, reason, file)
         if self.skipped > limit:
-            self.run.save(start, self._before, step=int(start["step"]), epoch=group.epoch)
-            raise NonFiniteError(
-                f"epoch {group.epoch + 1}: loss or gradient was not finite for the {self.skipped}th time, more than "
-                f"train.max_skipped_updates = {limit}. No such update was made; the prompts are in {file}. "
-                "Lower train.learning_rate, or look at these prompts' judgements."
+            self._stop(
+                group,
+                NonFiniteError,
+                f"{self.skipped} updates had to be skipped, more than train.max_skipped_updates = {limit}; the last "
+                f"because: {reason}. Their prompts are in {file}. Look at these prompts' judgements, or start "
+                "another run with a lower train.learning_rate.",
             )
+
+    def _stop(self, group: EpochGroups, kind: type[FirmError], message: str) -> NoReturn:
+        """End the run with an error, saved as it was at the epoch's start."""
+        state, data = self._start
+        self.run.save(state, data, step=int(state["step"]), epoch=group.epoch)
+        raise kind(f"epoch {group.epoch + 1}: {message} The run is saved in {self.run.workdir} as it was before it.")
 
     def end_epoch(self, state: dict, group: EpochGroups, judged, rewards, valid, terms) -> None:
         """Ban, evaluate, log and save, as the config asks."""

@@ -9,7 +9,7 @@ from firm_jax.critic import Critic, Judgement
 from firm_jax.data.images import from_array
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.generation import Generator, initial_noise
-from firm_jax.mesh import shard_batch, to_host
+from firm_jax.mesh import batch_size, shard_batch, to_host
 from firm_jax.models.layers import take_rows
 from firm_jax.rl.rewards import normalise
 from firm_jax.run import Run
@@ -26,6 +26,7 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
     strength folded in. Host arrays: final latents as the update wants them, images float32 in [0, 1].
     """
     sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
+    devices = batch_size(mesh)
     shape = generator.latent_shape(settings.height, settings.width)
     negative = generator.encode_prompts([""], settings.max_text_tokens) if settings.guidance > 1 else None
 
@@ -45,7 +46,7 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
 
     def sample(lora, conditioning, prompt, number, key):
         parts = []
-        for chunk in progress(list(_chunks(len(number), settings.batch_size))):
+        for chunk in progress(list(_chunks(len(number), settings.batch_size, devices))):
             part = shard_batch((prompt[chunk], number[chunk]), mesh)
             drawn = draw(generator.params, generator.vae_params, lora, conditioning, negative, *part, key)
             parts.append(to_host(drawn))
@@ -54,8 +55,10 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
     return sample
 
 
-def _chunks(count: int, size: int) -> Iterator[np.ndarray]:
-    """Index arrays of one length that cover 0..count-1; the last is filled up with repeats."""
+def _chunks(count: int, size: int, multiple: int) -> Iterator[np.ndarray]:
+    """Index arrays of one length, about `size`, that cover 0..count-1; the last is filled up with repeats."""
+    size = min(size, count)
+    size += -size % multiple
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
 
@@ -68,19 +71,19 @@ def judge(
     settings,
     progress: Callable = iter,
 ) -> dict[str, list[Judgement]]:
-    """The critic's judgements of M images: criterion of the reward -> [M]."""
+    """The critic's judgements of M images: criterion of the reward -> [M].
+
+    All are asked for at once, so that the critic encodes every image once.
+    """
     pictures = [from_array(image) for image in images]
-    return {
-        criterion: critic.judge(
-            [
-                {"images": [picture], "prompt": p.text, "requirement": p.requirement, "criterion": RUBRICS[criterion]}
-                for picture, p in zip(pictures, prompts, strict=True)
-            ],
-            max_new_tokens=settings.max_new_tokens,
-            progress=progress,
-        )
+    requests = [
+        {"images": [picture], "prompt": p.text, "requirement": p.requirement, "criterion": RUBRICS[criterion]}
         for criterion in criteria
-    }
+        for picture, p in zip(pictures, prompts, strict=True)
+    ]
+    judgements = critic.judge(requests, max_new_tokens=settings.max_new_tokens, progress=progress)
+    count = len(pictures)
+    return {criterion: judgements[i * count : (i + 1) * count] for i, criterion in enumerate(criteria)}
 
 
 def scores(judgements: Sequence[Judgement], kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -99,18 +102,19 @@ def scores(judgements: Sequence[Judgement], kind: str) -> tuple[np.ndarray, np.n
 
 
 def judgement_metrics(judged: dict[str, list[Judgement]], kind: str) -> dict[str, float | None]:
-    """Share of unusable judgements, mean entropy at the score, and the mean score of every criterion."""
+    """Share of judgements without a score, mean entropy at the score, and the mean score of every criterion."""
     everything = [judgement for judgements in judged.values() for judgement in judgements]
     entropies = [judgement.entropy for judgement in everything if judgement.entropy is not None]
-    means = {f"reward/{name}": _mean(scores(judgements, kind)[0]) for name, judgements in judged.items()}
+    values = {name: scores(judgements, kind)[0] for name, judgements in judged.items()}
     return {
-        "critic/failure_rate": float(np.mean([judgement.score is None for judgement in everything])),
+        "critic/failure_rate": float(np.isnan(np.concatenate(list(values.values()))).mean()),
         "critic/entropy": float(np.mean(entropies)) if entropies else None,
-        **means,
+        **{f"reward/{name}": mean_or_none(found) for name, found in values.items()},
     }
 
 
-def _mean(values: np.ndarray) -> float | None:
+def mean_or_none(values: np.ndarray) -> float | None:
+    """The mean of the values that are not NaN, None when there are none."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 

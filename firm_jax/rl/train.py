@@ -22,10 +22,10 @@ def train(config, workdir: str) -> None:
         with Run(config, workdir, job.base_weights) as run:
             state, done = job.begin(run)
             for _ in run.loop(done, settings.epochs):
-                group = job.next_group()
+                group = job.next_group(state)
                 latents, images = job.sample(state["old"], group)
                 judged = job.judge(images)
-                rewards, valid = job.reward(judged, group, state)
+                rewards, valid = job.reward(judged, group)
 
                 advantage = advantages(rewards, group.group_ids, valid, global_std=settings.global_std)
                 r = advantage_to_r(advantage, clip=settings.adv_clip, mode=settings.adv_mode)

@@ -1,6 +1,7 @@
 """The NFT update: one jitted program from a batch of judged rollouts to the next LoRA."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,14 @@ def make_optimizer(train) -> optax.GradientTransformation:
     )
 
 
+@partial(jax.jit, static_argnames="optimizer")
 def init_state(lora, optimizer: optax.GradientTransformation) -> dict:
-    """The trained part of a run: current, old and averaged LoRA, optimizer state, number of updates done."""
-    old, ema = (jax.tree.map(jnp.copy, lora) for _ in range(2))
-    return {"lora": lora, "old": old, "ema": ema, "optimizer": optimizer.init(lora), "step": jnp.int32(0)}
+    """The trained part of a run: current, old and averaged LoRA, optimizer state, number of updates done.
+
+    Compiled, so that its scalars lie on the mesh from the start: the update is one program, and a restored state is
+    placed like this one.
+    """
+    return {"lora": lora, "old": lora, "ema": lora, "optimizer": optimizer.init(lora), "step": jnp.int32(0)}
 
 
 def make_update(velocity: Callable, optimizer: optax.GradientTransformation, train, scale: float) -> Callable:
@@ -41,8 +46,8 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
         valid [A, b]        judged or not      prompt [A, b] row of `conditioning`     sample [A, b]  its number
 
     A sample's noise comes from its number, and the loss is the mean over all valid samples and all timesteps: neither
-    micro-batching nor the number of devices changes the recipe. Where loss or gradient is not finite the state comes
-    back as it was, and `update/skipped` is 1.
+    micro-batching nor the number of devices changes the recipe. Where loss or gradient is not finite, or no sample is
+    valid, the state comes back as it was (not even AdamW's decay and momentum move it), and `update/skipped` is 1.
     """
 
     def timestep_loss(lora, old, params, part, t, noise, rows):
@@ -83,15 +88,16 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
         with jax.named_scope("nft_gradient"):
             grads, metrics = gradient(params, state, conditioning, batch, key)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm)
+        judged = batch["valid"].sum()
+        usable = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm) & (judged > 0)
         with jax.named_scope("adamw"):
             updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["lora"])
             lora = optax.apply_updates(state["lora"], updates)
             step = state["step"] + 1
             ema = mix(state["ema"], lora, ema_decay(step, train.ema))
         updated = {"lora": lora, "old": state["old"], "ema": ema, "optimizer": optimizer_state, "step": step}
-        state = jax.tree.map(lambda new, before: jnp.where(finite, new, before), updated, state)
-        return state, metrics | {"grad/norm": norm, "update/skipped": 1 - finite.astype(jnp.float32)}
+        state = jax.tree.map(lambda new, before: jnp.where(usable, new, before), updated, state)
+        return state, metrics | {"grad/norm": norm, "update/samples": judged, "update/skipped": ~usable}
 
     return update
 
@@ -100,15 +106,17 @@ def optimizer_batches(group: EpochGroups, latents, r, valid, sigmas, seed: int, 
     """The epoch's M samples, shuffled, as `updates_per_epoch` batches of micro-batches for the update.
 
     Every sample comes at `timesteps` points of its rollout's schedule, drawn without replacement (all arrays indexed
-    by sample are host arrays [M, ...]). The last micro-batch is filled up with samples that count for nothing.
+    by sample are host arrays [M, ...]). Batches are filled up to one shape with samples that count for nothing.
     """
     rng = np.random.default_rng([seed, group.epoch])
     order = rng.permutation(len(latents))
     points = np.argsort(rng.random((len(latents), len(sigmas) - 1)), axis=1)[:, : settings.timesteps]
     noise_shares = np.asarray(sigmas, np.float32)[points]
     size = settings.micro_batch + -settings.micro_batch % batch_size(mesh)
-    for part in np.array_split(order, settings.updates_per_epoch):
-        rows = np.resize(part, -(-len(part) // size) * size).reshape(-1, size)
+    parts = np.array_split(order, settings.updates_per_epoch)
+    micro_batches = -(-len(parts[0]) // size)
+    for part in parts:
+        rows = np.resize(part, (micro_batches, size))
         counted = (np.arange(rows.size) < len(part)).reshape(rows.shape)
         by_sample = {
             "x0": latents[rows],

@@ -1,0 +1,134 @@
+"""The held-out numbers: the same images every time, the oracle's verdict from pixels, and an honest standard error."""
+
+import contextlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scripted import FlatGenerator, ScriptedCritic
+
+from firm_jax.data.prompts import PromptRecord
+from firm_jax.rl.evaluate import SHOWN, Evaluator, clustered_error
+from firm_jax.rl.rewards import resolve_reward
+from firm_jax.shapes.render import render
+from firm_jax.shapes.scene import Prompt, sample_scene
+
+
+class Notes:
+    """What an evaluation asks of its run."""
+
+    def __init__(self):
+        self.grids = []
+
+    def timer(self, phase):
+        return contextlib.nullcontext()
+
+    def progress(self, items, description):
+        return items
+
+    def images(self, tag, images, captions, *, step, epoch):
+        self.grids.append((tag, len(images), captions, step, epoch))
+
+
+def config(**changed):
+    settings = {
+        "prompts": 2, "images_per_prompt": 3, "judged": 4, "oracle": False, "steps": 2, "solver": "euler",
+        "guidance": 1.0, "height": 2, "width": 2, "max_text_tokens": 4, "batch_size": 4,
+    }  # fmt: skip
+    critic = SimpleNamespace(score="parsed", max_new_tokens=9)
+    return SimpleNamespace(eval=SimpleNamespace(**settings | changed), critic=critic)
+
+
+PROMPTS = [PromptRecord("a red circle"), PromptRecord("a blue square"), PromptRecord("never asked for")]
+LORA = {"shift": np.float32(1)}
+
+
+def evaluator(critic, notes, generator=None, prompts=PROMPTS, **changed):
+    given = critic, resolve_reward("qma"), prompts, config(**changed), jax.random.key(4)
+    return Evaluator(notes, generator or FlatGenerator(), *given)
+
+
+def test_metrics_carry_the_eval_name_and_pictures_their_prompt():
+    notes, critic = Notes(), ScriptedCritic()
+    metrics = evaluator(critic, notes)(LORA, step=5, epoch=2)
+    assert set(metrics) == {
+        f"eval/{name}" for name in ("reward", "instruction", "quality", "critic_failure_rate", "critic_entropy")
+    }
+    assert len(critic.pictures) == 2 * 4  # two criteria of the four images that are judged
+    [(tag, shown, captions, step, epoch)] = notes.grids
+    assert (tag, shown, step, epoch) == ("eval", 6, 5, 2) and shown <= SHOWN
+    assert [caption.split(" | ")[0] for caption in captions] == ["a red circle", "a blue square"] * 3
+    assert all("reward" in caption for caption in captions[:4]) and not any("reward" in c for c in captions[4:])
+
+
+def test_every_evaluation_draws_the_same_images():
+    critic = ScriptedCritic()
+    evaluate = evaluator(critic, Notes())
+    assert evaluate(LORA, step=0, epoch=0) == evaluate(LORA, step=9, epoch=3)
+    first, second = critic.pictures[:8], critic.pictures[8:16]
+    np.testing.assert_array_equal(first, second)
+    evaluate({"shift": np.float32(4)}, step=9, epoch=3)
+    assert (np.stack(critic.pictures[16:]) != np.stack(first)).any()
+
+
+def test_a_critic_that_fails_leaves_the_numbers_open():
+    notes = Notes()
+    metrics = evaluator(ScriptedCritic(fails=lambda request: True), notes)(LORA, step=0, epoch=0)
+    assert metrics["eval/reward"] is None and metrics["eval/critic_failure_rate"] == 1.0
+    assert notes.grids[0][2][0] == "a red circle | not judged"
+
+
+def test_nothing_is_judged_when_none_is_asked_for():
+    critic = ScriptedCritic()
+    assert evaluator(critic, Notes(), judged=0)(LORA, step=0, epoch=0) == {}
+    assert len(critic.pictures) == 0
+
+
+def test_the_oracle_reads_the_pixels():
+    records = [
+        {"tag": "colors", "include": [{"class": kind, "count": 1, "color": color}], "prompt": f"a {color} {kind}"}
+        for color, kind in (("red", "square"), ("blue", "circle"))
+    ]
+    rng = np.random.default_rng(0)
+    pictures = np.stack([render(sample_scene(rng, Prompt.from_json(record))) for record in records])
+    prompts = [PromptRecord(record.pop("prompt"), metadata=record) for record in records]
+
+    class Painter(FlatGenerator):
+        """Paints the scene that belongs to the prompt's place in the list."""
+
+        def encode_prompts(self, prompts, max_text_tokens):
+            return np.arange(len(prompts), dtype=np.float32)[:, None]
+
+        def rollout(self, params, lora, noise, sigmas, conditioning, **_):
+            return conditioning[:, None, None] + jnp.zeros_like(noise)
+
+        def decode(self, vae_params, latents):
+            return jnp.asarray(pictures)[latents[:, 0, 0, 0].astype(int)]
+
+    def ask(prompts):
+        return evaluator(ScriptedCritic(), Notes(), Painter(), prompts, oracle=True, judged=0)(LORA, step=0, epoch=0)
+
+    right, wrong, half = ask(prompts), ask(prompts[::-1]), ask([prompts[0], prompts[0]])
+    assert right["eval/oracle_accuracy"] == right["eval/oracle_fraction"] == 1
+    assert right["eval/oracle_accuracy_se"] == right["eval/oracle_fraction_se"] == 0
+    assert wrong["eval/oracle_accuracy"] == 0 and wrong["eval/oracle_fraction"] < 1
+    # Two prompts, one always right and one always wrong: three images of each make it no more certain than one.
+    assert half["eval/oracle_accuracy"] == 0.5 and half["eval/oracle_accuracy_se"] == pytest.approx(0.5)
+
+
+def test_the_standard_error_of_independent_values_is_the_usual_one():
+    values = np.random.default_rng(0).normal(size=40)
+    np.testing.assert_allclose(clustered_error(values, np.arange(40)), values.std(ddof=1) / np.sqrt(40))
+
+
+def test_repeating_a_prompt_does_not_make_it_more_certain():
+    values = np.random.default_rng(0).normal(size=40)
+    once = clustered_error(values, np.arange(40))
+    np.testing.assert_allclose(clustered_error(np.tile(values, 3), np.tile(np.arange(40), 3)), once)
+
+
+@pytest.mark.parametrize("clusters", [np.zeros(4, int), np.arange(4)])
+def test_equal_values_have_no_error(clusters):
+    assert clustered_error(np.ones(4), clusters) == 0

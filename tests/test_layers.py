@@ -1,0 +1,197 @@
+"""The layers against their definitions, stacks against loops, and what each keeps of a batch's sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from firm_jax.mesh import make_mesh, shard_batch
+from firm_jax.models.layers import (
+    REMAT_POLICIES,
+    Conv,
+    Embedding,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    output_sharding,
+    project,
+    repeat_batch,
+    reshape,
+    rotate,
+    scan_layers,
+    split_heads,
+    stack,
+    take_rows,
+    zeros_beside,
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def randomised(module: nnx.Module) -> nnx.Module:
+    """The module with no parameter at a value that would hide it."""
+    graphdef, params = nnx.split(module)
+    leaves, tree = jax.tree.flatten(params)
+    return nnx.merge(
+        graphdef, jax.tree.unflatten(tree, [jnp.asarray(normal(*x.shape, seed=i)) for i, x in enumerate(leaves)])
+    )
+
+
+# Values
+
+
+def test_linear_and_embedding():
+    linear, embedding = randomised(Linear(5, 3, rngs=nnx.Rngs(0))), randomised(Embedding(7, 4, rngs=nnx.Rngs(0)))
+    x, ids = normal(2, 3, 5), np.array([[6, 0], [3, 3]])
+    np.testing.assert_allclose(linear(x), x @ linear.kernel[...] + linear.bias[...], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(embedding(ids), np.asarray(embedding.embedding[...])[ids])
+    hidden = normal(2, 4)
+    np.testing.assert_allclose(embedding.attend(hidden), hidden @ embedding.embedding[...].T, rtol=1e-5, atol=1e-6)
+    assert embedding.attend(jnp.asarray(hidden, jnp.bfloat16), jnp.float32).dtype == jnp.float32
+
+
+def test_norms():
+    x = 3 + 2 * normal(2, 3, 5, 8)
+    layer, rms, group = (randomised(m) for m in (LayerNorm(8), RMSNorm(8), GroupNorm(4, 8, epsilon=1e-4)))
+
+    def scaled(y, norm):
+        return y * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    np.testing.assert_allclose(layer(x), scaled((x - mean) / np.sqrt(variance + 1e-6), layer), rtol=1e-4, atol=1e-5)
+    plain = LayerNorm(8, affine=False)
+    np.testing.assert_allclose(plain(x), (x - mean) / np.sqrt(variance + 1e-6), rtol=1e-4, atol=1e-5)
+    square = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(rms(x), x / square * np.asarray(rms.scale[...]), rtol=1e-4, atol=1e-5)
+    grouped = x.reshape(2, 3, 5, 4, 2)
+    mean, variance = (f(grouped, axis=(1, 2, 4), keepdims=True) for f in (np.mean, np.var))
+    expected = scaled(((grouped - mean) / np.sqrt(variance + 1e-4)).reshape(x.shape), group)
+    np.testing.assert_allclose(group(x), expected, rtol=1e-4, atol=1e-5)
+    assert all(norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16 for norm in (plain, rms))
+
+
+@pytest.mark.parametrize("stride, padding, size", [(1, 1, (4, 5)), (2, ((0, 1), (0, 1)), (2, 2)), (1, None, (2, 3))])
+def test_convolution(stride, padding, size):
+    conv = randomised(Conv(2, 3, 3, stride=stride, padding=padding, rngs=nnx.Rngs(0)))
+    x, kernel = normal(1, 4, 5, 2), np.asarray(conv.kernel[...])
+    sides = padding if isinstance(padding, tuple) else ((padding or 0,) * 2,) * 2
+    padded = np.pad(x, ((0, 0), *sides, (0, 0)))
+    got = np.asarray(conv(x))
+    assert got.shape == (1, *size, 3)
+    for i, j in np.ndindex(*size):
+        window = padded[0, i * stride : i * stride + 3, j * stride : j * stride + 3]
+        expected = np.einsum("hwi,hwio->o", window, kernel) + conv.bias[...]
+        np.testing.assert_allclose(got[0, i, j], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_turns_pairs_and_keeps_lengths():
+    x, angle = normal(1, 2, 1, 6), normal(1, 2, 3)
+    turned = np.asarray(rotate(jnp.asarray(x), jnp.cos(angle), jnp.sin(angle)))
+    pairs = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)[:, :, None]
+    np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], -1), rtol=1e-5, atol=1e-6)
+
+
+# Stacks of layers
+
+
+class Residual(nnx.Module):
+    def __init__(self, *, rngs):
+        self.linear = Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x, shift):
+        return x + jnp.tanh(self.linear(x)) + shift
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_a_scan_is_a_loop_over_its_layers(remat):
+    stacked = stack(lambda rngs: Residual(rngs=rngs), 3, nnx.Rngs(0))
+    graphdef, params = nnx.split(stacked)
+    kernel = np.asarray(stacked.linear.kernel[...])
+    assert kernel.shape == (3, 4, 4) and np.abs(kernel[0] - kernel[1]).max() > 0.1
+    x, shifts = normal(2, 4), normal(3, 1, 4)
+
+    def body(layer, carry, shift):
+        carry = layer(carry, shift)
+        return carry, carry.sum()
+
+    def scanned(params):
+        last, sums = scan_layers(nnx.merge(graphdef, params), body, x, shifts, remat=remat)
+        return (last**2).sum() + sums.sum(), (last, sums)
+
+    def looped(params):
+        carry, sums = x, []
+        for index in range(3):
+            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, index=index: leaf[index], params))
+            carry, total = body(layer, carry, shifts[index])
+            sums.append(total)
+        return (carry**2).sum() + sum(sums), (carry, jnp.stack(sums))
+
+    got, expected = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (scanned, looped))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+# Sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=2, fsdp=2, tensor=2)
+
+
+def place(array, mesh, *spec):
+    return jax.device_put(array, jax.NamedSharding(mesh, P(*spec)))
+
+
+BATCH = ("data", "fsdp")
+
+
+def test_without_a_mesh_nothing_is_stated():
+    assert output_sharding(jnp.zeros((2, 3)), 1) is None
+
+
+@pytest.mark.parametrize(
+    "kernel_spec, out", [(("fsdp", "tensor"), "tensor"), (("tensor", "fsdp"), None), ((None, None), None)]
+)
+def test_a_projection_keeps_the_batch_and_takes_the_kernel_s_columns(mesh, kernel_spec, out):
+    x, kernel = normal(8, 3, 4), normal(4, 6)
+    with jax.set_mesh(mesh):
+        got = jax.jit(project)(shard_batch(x, mesh), place(kernel, mesh, *kernel_spec))
+    assert tuple(got.sharding.spec) == (BATCH, None, out)
+    np.testing.assert_allclose(got, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec, out", [((None, None), None), (("fsdp", "tensor"), "tensor"), (("tensor", "fsdp"), None)]
+)
+def test_rows_are_split_as_their_index_is(mesh, spec, out):
+    table, index = normal(6, 4), np.array([0, 5, 3, 3, 1, 2, 4, 0], np.int32)
+    with jax.set_mesh(mesh):
+        got = jax.jit(take_rows)(place(table, mesh, *spec), shard_batch(index, mesh))
+    assert tuple(got.sharding.spec) == (BATCH, out)
+    np.testing.assert_array_equal(got, table[index])
+
+
+@pytest.mark.parametrize("heads, shared, split", [(4, None, "tensor"), (3, None, None), (6, 3, None), (4, 2, "tensor")])
+def test_heads_are_split_where_they_divide(mesh, heads, shared, split):
+    x = normal(8, 3, 12)
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda x: split_heads(x, heads, shared))(place(x, mesh, BATCH, None, "tensor"))
+    assert tuple(got.sharding.spec) == (BATCH, None, split, None)
+    np.testing.assert_array_equal(got, x.reshape(8, 3, heads, -1))
+
+
+def test_shapes_change_behind_the_batch(mesh):
+    x, row = normal(8, 6), normal(1, 2)
+    with jax.set_mesh(mesh):
+        shaped = jax.jit(lambda x: reshape(x, 8, 2, 3))(shard_batch(x, mesh))
+        repeated = jax.jit(repeat_batch)(place(row, mesh), shard_batch(x, mesh))
+        zeros = jax.jit(lambda x: zeros_beside(x, (8, 3, 4), jnp.bfloat16, BATCH, "tensor", None))(shard_batch(x, mesh))
+    assert shaped.sharding.spec[0] == BATCH and repeated.sharding.spec[0] == BATCH
+    np.testing.assert_array_equal(shaped, x.reshape(8, 2, 3))
+    np.testing.assert_array_equal(repeated, np.repeat(row, 8, 0))
+    assert zeros.dtype == jnp.bfloat16 and tuple(zeros.sharding.spec) == (BATCH, None, None)  # 3 does not divide

@@ -1,0 +1,164 @@
+"""Drawing and judging an epoch's images: each its own noise, one program, and no number for a failed judgement."""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from scripted import FlatGenerator, ScriptedCritic, judgement
+
+from firm_jax.data.prompts import PromptRecord
+from firm_jax.mesh import make_mesh
+from firm_jax.rl.rollout import judge, judgement_metrics, make_sampler, scores, write_judgements
+
+SETTINGS = {"steps": 2, "solver": "euler", "guidance": 1.0, "height": 2, "width": 2, "max_text_tokens": 4}
+PROMPTS = ["a", "bb", "ccc"]
+ROWS, NUMBERS = np.array([0, 2, 1, 0, 2], np.int32), np.array([7, 8, 9, 10, 11], np.uint32)
+KEY = jax.random.key(2)
+ZERO = {"shift": np.float32(0)}
+
+
+def sampler(generator, **changed):
+    return make_sampler(generator, SimpleNamespace(**SETTINGS | {"batch_size": 5} | changed), generator.mesh)
+
+
+def draw(generator, rows=ROWS, numbers=NUMBERS, lora=ZERO, **changed):
+    conditioning = generator.encode_prompts(PROMPTS, 4)
+    return sampler(generator, **changed)(lora, conditioning, rows, numbers, KEY)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return draw(FlatGenerator())
+
+
+def test_latents_and_images_are_of_the_prompt_and_the_number(drawn):
+    latents, images = drawn
+    assert latents.shape == (5, 2, 2, 3) and images.shape == (5, 2, 2, 3) and images.dtype == np.float32
+    noise = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(jax.random.fold_in(KEY, 0), n), (2, 2, 3)))(NUMBERS)
+    lengths = np.array([1, 3, 2, 1, 3], np.float32)[:, None, None, None]
+    np.testing.assert_allclose(latents, noise + lengths, rtol=1e-5)
+    np.testing.assert_allclose(images, np.clip(0.03 * latents, 0, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_an_image_does_not_depend_on_its_batch(drawn, batch_size):
+    jax.tree.map(np.testing.assert_array_equal, draw(FlatGenerator(), batch_size=batch_size), drawn)
+    alone = draw(FlatGenerator(), ROWS[3:4], NUMBERS[3:4], batch_size=batch_size)
+    np.testing.assert_array_equal(alone[1][0], drawn[1][3])
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])  # neither divides over the mesh's four parts of a batch
+def test_eight_devices_draw_the_images_of_one(drawn, batch_size):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        spread = draw(FlatGenerator(mesh), batch_size=batch_size)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), spread, drawn)
+
+
+def test_all_policies_are_one_program(drawn):
+    generator = FlatGenerator()
+    sample, conditioning = sampler(generator, batch_size=2), generator.encode_prompts(PROMPTS, 4)
+    policies = [{"shift": np.float32(shift)} for shift in (0, 1, 2)]
+    zero, one, _ = (sample(policy, conditioning, ROWS, NUMBERS, KEY)[0] for policy in policies)
+    assert generator.programs == 1
+    np.testing.assert_allclose(one, zero + 1, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance, guided", [(1.0, False), (4.5, True)])
+def test_only_guidance_above_one_needs_the_empty_prompt(guidance, guided):
+    generator = FlatGenerator()
+    draw(generator, guidance=guidance)
+    assert generator.guided == guided
+
+
+# Judging
+
+
+RECORDS = [PromptRecord("a red circle", "only one"), PromptRecord("two squares")]
+
+
+def test_the_critic_is_asked_once_for_every_criterion_of_every_image():
+    class Listening(ScriptedCritic):
+        def judge(self, requests, **given):
+            self.requests, self.given = requests, given
+            return super().judge(requests, **given)
+
+    critic, images = Listening(), np.stack([np.full((2, 2, 3), 0.2), np.full((2, 2, 3), 0.9)])
+    judged = judge(
+        critic, images, RECORDS, ["instruction", "quality"], SimpleNamespace(max_new_tokens=9), progress=list
+    )
+    assert critic.given == {"max_new_tokens": 9, "progress": list}
+    seen = [
+        (r["criterion"], r["prompt"], r["requirement"], np.asarray(r["images"][0])[0, 0, 0]) for r in critic.requests
+    ]
+    assert seen == [
+        ("alignment", "a red circle", "only one", 51),
+        ("alignment", "two squares", "", 230),
+        ("quality", "a red circle", "only one", 51),
+        ("quality", "two squares", "", 230),
+    ]
+    assert {name: [j.criterion for j in found] for name, found in judged.items()} == {
+        "instruction": ["alignment"] * 2,
+        "quality": ["quality"] * 2,
+    }
+    assert critic.requests[0]["images"][0] is critic.requests[2]["images"][0]
+
+
+def test_scores_are_on_a_scale_of_one_and_the_lowest_sub_score_counts():
+    found = [judgement("quality", (5, 3, 4), 2.0), judgement("alignment", 1, 1.5), judgement("alignment", None)]
+    values, exist = scores(found, "parsed")
+    np.testing.assert_allclose(values, [0.5, 0, np.nan])
+    np.testing.assert_array_equal(exist, [True, True, False])
+    np.testing.assert_allclose(scores(found, "expected")[0], [0.25, 0.125, np.nan])
+
+
+def test_metrics_count_what_is_missing_and_average_the_rest():
+    judged = {
+        "instruction": [judgement("alignment", 5, 4.0, 0.2), judgement("alignment", None)],
+        "quality": [judgement("quality", (3, 3, 3), None, 0.6), judgement("quality", (1, 5, 5), 2.0, None)],
+    }
+    parsed, expected = (judgement_metrics(judged, kind) for kind in ("parsed", "expected"))
+    assert parsed == {
+        "critic/failure_rate": 0.25,
+        "critic/entropy": pytest.approx(0.4),
+        "reward/instruction": 1.0,
+        "reward/quality": 0.25,
+    }
+    # A score whose digit's probabilities are unknown is no expected score.
+    assert expected["critic/failure_rate"] == 0.5
+    assert expected["reward/instruction"] == 0.75 and expected["reward/quality"] == 0.25
+
+
+def test_metrics_of_a_critic_that_never_answers_are_unknown():
+    judged = {"instruction": [judgement("alignment", None)] * 2}
+    assert judgement_metrics(judged, "parsed") == {
+        "critic/failure_rate": 1.0,
+        "critic/entropy": None,
+        "reward/instruction": None,
+    }
+
+
+def test_every_judgement_becomes_a_record_of_json():
+    written = []
+    run = SimpleNamespace(judgements=written.extend)
+    judged = {"instruction": [judgement("alignment", 4, 3.9), judgement("alignment", None, status="truncated")]}
+    write_judgements(run, 6, RECORDS, judged, np.array([0.75, np.nan], np.float32))
+    first, second = (json.loads(json.dumps(record, allow_nan=False)) for record in written)
+    assert first == {
+        "epoch": 6,
+        "image": 0,
+        "prompt": "a red circle",
+        "criterion": "instruction",
+        "score": 4,
+        "expected": 3.9,
+        "entropy": 0.5,
+        "status": "ok",
+        "reason": "why",
+        "text": "I saw 4",
+        "rubric": "a1b2",
+        "reward": 0.75,
+    }
+    assert second["score"] is None and second["reward"] is None and second["status"] == "truncated"
