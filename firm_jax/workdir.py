@@ -14,9 +14,18 @@ from absl import logging
 
 from firm_jax.errors import ConfigError, WorkdirError
 
-# What may differ between the start of a run and its continuation: how long, how often, where, not what is computed.
-# (Another mesh computes the same numbers up to floating-point order.)
-MAY_CHANGE = ("train.epochs", "checkpoint", "eval.every", "profile", "mesh", "distributed")
+# What may differ between the start of a run and its continuation: how long, how often, where, how patiently, not what
+# is computed. (Another mesh computes the same numbers up to floating-point order.)
+MAY_CHANGE = (
+    "train.epochs",
+    "train.max_skipped_updates",
+    "critic.max_failure_rate",
+    "checkpoint",
+    "eval.every",
+    "profile",
+    "mesh",
+    "distributed",
+)
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0

@@ -1,0 +1,348 @@
+"""The RL job from its config to its folder, on a tiny random pipeline and a critic that scores by a formula."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from scripted import ScriptedCritic
+from tiny_pipeline import tiny_generator
+
+from firm_jax.config import load_config
+from firm_jax.errors import ConfigError, CriticError, DataError, NonFiniteError, WeightsError
+from firm_jax.mesh import make_mesh
+from firm_jax.rl import job, train
+from firm_jax.run import Stopped
+
+# Read back here without saying where the arrays should lie.
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+CONFIG = Path(__file__).parents[1] / "configs" / "gen_qma.py"
+PROMPTS = ["a red circle", "two blue squares", "a perfect star", "a green cross above a red square"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with the models and the prompts; programs are compiled once for all the runs of this file."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_generator(t5=False, num_layers=2, dual_attention_layers=()).save_pretrained(folder / "model")
+    (folder / "critic").mkdir()
+    (folder / "train.txt").write_text("\n".join(PROMPTS))
+    (folder / "held_out.txt").write_text("a yellow ring\nthree white circles\n")
+    cache = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in cache}
+    for name, value in cache.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def config_for(world, **changed):
+    """The tiny job with 2 prompts x 3 images of 16 x 16 pixels and three epochs; keys with `__` for dots."""
+    config = load_config(f"{CONFIG}:tiny")
+    size = {"height": 16, "width": 16, "max_text_tokens": 3, "steps": 3, "batch_size": 6}
+    config.rollout.update(size)
+    config.eval.update(size | {"every": 2, "prompts": 2, "images_per_prompt": 1, "judged": 2, "oracle": False})
+    flat = {
+        "model": str(world / "model"),
+        "critic.model": str(world / "critic"),
+        "prompts.train": str(world / "train.txt"),
+        "prompts.held_out": str(world / "held_out.txt"),
+        "group.prompts_per_epoch": 2,
+        "group.images_per_prompt": 3,
+        "lora.rank": 2,
+        "train.epochs": 3,
+        "train.updates_per_epoch": 2,
+        "train.micro_batch": 2,
+        "train.timesteps": 2,
+        "checkpoint.every": 1,
+        "mesh.data": -1,
+    }
+    config.update_from_flattened_dict(flat | {name.replace("__", "."): value for name, value in changed.items()})
+    return config
+
+
+def run(config, workdir, critic=None, devices=1):
+    """`train` with a critic of ours, on the first of the simulated devices or on more of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.Critic, "from_pretrained", lambda *args, **given: critic or ScriptedCritic())
+        patch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:devices]))
+        train.train(config, str(workdir))
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def results(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without how long things took."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time", "throughput"))}
+        for line in lines(workdir / "metrics.jsonl")
+    ]
+
+
+def last_state(workdir: Path) -> dict:
+    """The arrays of the newest checkpoint, by name."""
+    newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
+    return {name: np.asarray(array) for name, array in ocp.load(newest / "state").items()}
+
+
+def unreadable(request) -> bool:
+    """About one answer in seven; it depends on the picture, so that a repeated epoch repeats it."""
+    return int(np.asarray(request["images"][0], int).sum()) % 7 == 0
+
+
+MAIN = {"critic__max_failure_rate": 0.9, "train__ban_solved_prompts": True}
+
+
+def main_critic(kind=ScriptedCritic):
+    return kind(fails=unreadable, perfect=lambda prompt: "perfect" in prompt)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """The folder of a run of three epochs."""
+    workdir = tmp_path_factory.mktemp("runs") / "new" / "run"
+    run(config_for(world, **MAIN), workdir, main_critic())
+    return workdir
+
+
+# What a run leaves
+
+
+def test_the_folder_holds_what_the_run_promises(finished):
+    assert json.loads((finished / "config.json").read_text())["train"]["epochs"] == 3
+    assert sorted(path.name for path in (finished / "images").iterdir()) == [
+        f"eval_{epoch:05d}.png" for epoch in (0, 2, 3)
+    ]
+    assert [path.name for path in (finished / "checkpoints").iterdir() if path.name == "6"]
+    assert "reward" in (finished / "report.html").read_text()
+    assert list((finished / "tensorboard").iterdir()) and not (finished / "run.lock").exists()
+
+
+def test_metrics_carry_the_promised_names(finished):
+    before, *epochs = lines(finished / "metrics.jsonl")
+    assert (before["epoch"], before["step"]) == (0, 0) and "eval/reward" in before
+    assert [(line["epoch"], line["step"]) for line in epochs] == [(1, 2), (2, 4), (3, 6)]
+    promised = (
+        "time reward/mean reward/std reward/instruction reward/quality reward/zero_std_ratio critic/failure_rate "
+        "critic/entropy policy/old_deviation policy/kl loss/policy loss/total grad/norm time/rollout time/critic "
+        "time/update throughput/images_per_s throughput/mfu"
+    ).split()
+    for line in epochs:
+        assert set(promised) <= set(line), set(promised) - set(line)
+        assert all(isinstance(line[name], float) for name in promised if name != "throughput/mfu")
+        assert line["throughput/mfu"] is None  # the peak of this machine is not known
+    assert ["eval/reward" in line for line in epochs] == [False, True, True]
+    assert all(line["loss/total"] > 0 and line["grad/norm"] > 0 and line["update/skipped"] == 0 for line in epochs)
+
+
+def test_every_judgement_is_written_and_the_unreadable_ones_are_missing(finished):
+    records = lines(finished / "judgements.jsonl")
+    assert len(records) == 3 * 2 * 3 * 2  # epochs, prompts, images, criteria
+    assert {record["criterion"] for record in records} == {"instruction", "quality"}
+    promised = "epoch prompt criterion score expected entropy status text reward rubric".split()
+    assert all(set(promised) <= set(record) for record in records)
+    failed = [record for record in records if record["status"] != "ok"]
+    assert failed and all(record["score"] is None and record["reward"] is None for record in failed)
+    for epoch, line in enumerate(lines(finished / "metrics.jsonl")[1:]):
+        own = [record for record in records if record["epoch"] == epoch]
+        assert line["critic/failure_rate"] == pytest.approx(np.mean([r["score"] is None for r in own]))
+        rewards = [r["reward"] for r in own if r["criterion"] == "quality"]
+        assert line["reward/missing"] == rewards.count(None)
+        assert line["reward/mean"] == pytest.approx(np.mean([r for r in rewards if r is not None]), rel=1e-5)
+
+
+def test_a_solved_prompt_is_not_drawn_again(finished):
+    drawn = [{r["prompt"] for r in lines(finished / "judgements.jsonl") if r["epoch"] == epoch} for epoch in range(3)]
+    assert drawn[0] | drawn[1] == set(PROMPTS)
+    assert "a perfect star" not in drawn[2]
+    assert lines(finished / "metrics.jsonl")[-1]["prompts/banned"] == 1
+
+
+def test_the_policies_have_moved(finished):
+    state = last_state(finished)
+    moved = {name.split("/")[0] for name, array in state.items() if name.endswith("/b") and np.any(array)}
+    assert {"lora", "old", "ema"} <= moved and state["step"] == 6
+    assert all(np.isfinite(array).all() for array in state.values())
+
+
+# Stopping and starting again
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(world, finished, tmp_path):
+    class Interrupting(ScriptedCritic):
+        calls = 0
+
+        def judge(self, requests, **given):
+            Interrupting.calls += 1
+            if Interrupting.calls == 3:  # before training, epoch 1, epoch 2
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().judge(requests, **given)
+
+    config = config_for(world, **MAIN)
+    with pytest.raises(Stopped, match="after 2 epochs"):
+        run(config, tmp_path, main_critic(Interrupting))
+    run(config, tmp_path, main_critic())
+    assert results(tmp_path) == results(finished)
+    assert (tmp_path / "judgements.jsonl").read_bytes() == (finished / "judgements.jsonl").read_bytes()
+    expected = last_state(finished)
+    assert last_state(tmp_path).keys() == expected.keys()
+    for name, array in last_state(tmp_path).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_another_config_in_the_same_folder_is_refused_before_anything_is_loaded(world, finished, monkeypatch):
+    monkeypatch.setattr(job.Generator, "from_pretrained", lambda *args, **given: pytest.fail("loaded"))
+    config = config_for(world, **MAIN, train__learning_rate=0.5, lora__alpha=1.0)
+    with pytest.raises(ConfigError, match=r"contradicts the checkpoint(.|\n)*lora.alpha(.|\n)*train.learning_rate"):
+        run(config, finished)
+
+
+# Judgements and numbers that fail
+
+
+def test_a_critic_that_never_answers_stops_the_run_and_loses_nothing(world, tmp_path):
+    config = config_for(world, train__epochs=1)
+    with pytest.raises(CriticError, match=r"epoch 1: 100% .*no score: 12.*max_failure_rate = 0.2.*saved in"):
+        run(config, tmp_path, ScriptedCritic(fails=lambda request: True))
+    assert [record["text"] for record in lines(tmp_path / "judgements.jsonl")] == ["I do not know"] * 12
+    assert (tmp_path / "report.html").exists() and last_state(tmp_path)["step"] == 0
+    run(config, tmp_path)
+    assert [(line["epoch"], line["step"]) for line in lines(tmp_path / "metrics.jsonl")] == [(0, 0), (1, 2)]
+    assert [record["status"] for record in lines(tmp_path / "judgements.jsonl")] == ["ok"] * 12
+
+
+def test_a_reward_that_is_not_a_number_is_masked(world, tmp_path):
+    config = config_for(world, train__epochs=1, reward__name="scripted:sometimes_nan")
+    config.reward.weights = {}
+    run(config, tmp_path)
+    rewards = [r["reward"] for r in lines(tmp_path / "judgements.jsonl") if r["criterion"] == "quality"]
+    [_, line] = lines(tmp_path / "metrics.jsonl")
+    assert 0 < rewards.count(None) < 6 and line["reward/missing"] == rewards.count(None)
+    assert line["critic/failure_rate"] == 0 and line["update/skipped"] == 0
+    assert all(np.isfinite(array).all() for array in last_state(tmp_path).values())
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """The first update of every epoch meets a NaN."""
+    batches = job.optimizer_batches
+
+    def poison(*args):
+        for number, batch in enumerate(batches(*args)):
+            yield batch | {"x0": batch["x0"] * np.nan} if number == 0 else batch
+
+    monkeypatch.setattr(job, "optimizer_batches", poison)
+
+
+def test_an_update_with_a_nan_is_not_made_and_its_prompts_are_kept(world, tmp_path, poisoned):
+    run(config_for(world, train__epochs=1, train__max_skipped_updates=1), tmp_path)
+    [_, line] = lines(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["update/skipped"]) == (1, 1) and line["loss/total"] > 0
+    [record] = lines(tmp_path / "skipped_updates.jsonl")
+    assert record["epoch"] == 0 and record["reason"] == "loss or gradient not finite"
+    drawn = {judgement["prompt"] for judgement in lines(tmp_path / "judgements.jsonl")}
+    assert record["prompts"] and set(record["prompts"]) <= drawn
+    assert all(np.isfinite(array).all() for array in last_state(tmp_path).values())
+
+
+def test_more_such_updates_than_allowed_stop_the_run_as_it_was(world, tmp_path, poisoned):
+    config = config_for(world, train__epochs=3, train__max_skipped_updates=1)
+    with pytest.raises(NonFiniteError, match=r"epoch 2: 2 updates .*max_skipped_updates = 1.*skipped_updates.jsonl"):
+        run(config, tmp_path)
+    assert [line["epoch"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert last_state(tmp_path)["step"] == 1
+
+
+# What is refused at once
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    for thing in (job.Generator, job.Critic):
+        monkeypatch.setattr(thing, "from_pretrained", lambda *args, **given: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"group.images_per_prompt": 1}, r"group.images_per_prompt is 1: .*2 or more"),
+        ({"reward.name": "beauty"}, "unknown reward 'beauty'"),
+        ({"reward.name": "cme"}, "execution.*instruction, quality"),
+        ({"rollout.solver": "heun"}, "rollout.solver is 'heun'.*euler, dpm2, sde"),
+        ({"eval.solver": "heun"}, "eval.solver is 'heun'"),
+        ({"train.adv_mode": "some"}, "train.adv_mode is 'some'.*positive_only"),
+        ({"train.decay_type": 7}, "decay type 7"),
+        ({"train.remat": "half"}, "train.remat is 'half'"),
+        ({"train.timesteps": 4}, "train.timesteps is 4; .*rollout.steps = 3"),
+        ({"train.updates_per_epoch": 7}, "train.updates_per_epoch is 7"),
+        ({"train.beta": 0.0}, "train.beta is 0.0"),
+        ({"train.micro_batch": 0}, "train.micro_batch is 0"),
+        ({"eval.every": 0}, "eval.every is 0"),
+        ({"lora.init": "zero"}, "lora.init is 'zero'.*gaussian"),
+        ({"critic.score": "mean"}, "critic.score is 'mean'.*parsed, expected"),
+        ({"critic.backend": "http"}, "critic.backend is 'http'"),
+        ({"rollout.height": 18}, "height and width must be multiples of 4, not 18 x 16"),
+        ({"eval.width": 44}, "latents of 8 x 22"),
+        ({"group.prompts_per_epoch": 5}, "only 4 distinct training prompts"),
+    ],
+)
+def test_values_that_cannot_work_are_named_before_anything_is_loaded(world, tmp_path, nothing_is_loaded, change, named):
+    config = config_for(world)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ConfigError, match=named):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_weights_are_told_together_and_leave_no_folder(tmp_path, nothing_is_loaded):
+    with pytest.raises(WeightsError) as told:
+        train.train(load_config(str(CONFIG)), str(tmp_path / "run"))
+    for named in ("stabilityai/stable-diffusion-3.5-medium", "VisionXLab/FIRM-Gen-8B", "HF_TOKEN", ":tiny"):
+        assert named in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prompts, named", [("absent.txt", "absent.txt"), ("empty.txt", "empty.txt")])
+def test_prompts_that_are_missing_or_empty_are_named(world, tmp_path, nothing_is_loaded, prompts, named):
+    (tmp_path / "empty.txt").touch()
+    config = config_for(world)
+    config.prompts.train = str(tmp_path / prompts)
+    with pytest.raises(DataError, match=named):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+# More devices
+
+
+def test_eight_devices_train_as_one_and_continue(world, tmp_path):
+    # The expected score is smooth in the pixels, so that rounding cannot flip a judgement.
+    # AdamW's first step is the gradient over its size: `eps` keeps it smooth in gradients that are next to nothing.
+    changed = {"train__epochs": 1, "critic__score": "expected", "rollout__solver": "sde", "train__eps": 1e-3}
+    one, eight = ScriptedCritic(), ScriptedCritic()
+    run(config_for(world, **changed), tmp_path / "one", one)
+    spread = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__remat": "full"}
+    run(config_for(world, **changed | spread), tmp_path / "eight", eight, devices=8)
+    assert len(one.pictures) == len(eight.pictures)
+    difference = np.stack(one.pictures).astype(int) - np.stack(eight.pictures)
+    assert np.abs(difference).max() <= 1
+    for ours, expected in zip(results(tmp_path / "eight"), results(tmp_path / "one"), strict=True):
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            assert ours[name] == (value if value is None else pytest.approx(value, rel=1e-2, abs=1e-5)), name
+    expected = last_state(tmp_path / "one")
+    for name, array in last_state(tmp_path / "eight").items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-2, atol=1e-3, err_msg=name)
+
+    run(config_for(world, **changed | spread | {"train__epochs": 2}), tmp_path / "eight", devices=8)
+    assert [line["epoch"] for line in lines(tmp_path / "eight" / "metrics.jsonl")][-1] == 2
+    assert last_state(tmp_path / "eight")["step"] == 4
