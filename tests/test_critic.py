@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from critic_miniature import REQUESTS, picture, write_miniature
 from jax.sharding import PartitionSpec as P
 
 from firm_jax.critic import Critic, decode
@@ -10,7 +11,6 @@ from firm_jax.critic.processing import Processor
 from firm_jax.critic.rubric import rubrics_from
 from firm_jax.errors import ConfigError, DataError, WeightsError
 from firm_jax.mesh import make_mesh
-from tests.critic_miniature import REQUESTS, picture, write_miniature
 
 NEW_TOKENS = 20  # more than one chunk, and not a multiple of it
 

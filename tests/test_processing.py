@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from critic_miniature import picture, write_miniature
 
 from firm_jax.critic.processing import (
     ImageConfig,
@@ -18,7 +19,6 @@ from firm_jax.critic.processing import (
     to_pixels,
 )
 from firm_jax.errors import ConfigError, DataError, WeightsError
-from tests.critic_miniature import picture, write_miniature
 
 RELEASED = {"factor": 32, "min_pixels": 65536, "max_pixels": 16777216}
 

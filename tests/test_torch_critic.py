@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from critic_miniature import REQUESTS, write_miniature  # noqa: E402
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
-from firm_jax.critic.score import Critic
-from tests.critic_miniature import REQUESTS, write_miniature
+from firm_jax.critic.score import Critic  # noqa: E402
 
 NEW_TOKENS = 64
 

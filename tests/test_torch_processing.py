@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from critic_miniature import picture, write_miniature  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize  # noqa: E402
 
-from firm_jax.critic import processing
-from firm_jax.critic.processing import Processor
-from tests.critic_miniature import picture, write_miniature
+from firm_jax.critic import processing  # noqa: E402
+from firm_jax.critic.processing import Processor  # noqa: E402
 
 
 @pytest.fixture(scope="module")
