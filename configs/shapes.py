@@ -46,13 +46,13 @@ def autoencoder() -> ConfigDict:
 def generator() -> ConfigDict:
     """An SD3 pipeline with dual attention, trained on captions of which a part is wrong (see `train.wrong`)."""
     config = _job("flow_matching")
-    config.train.update({"epochs": 12, "steps_per_epoch": 300, "batch_size": 64, "learning_rate": 2e-3})
-    config.train.update({"ema": 0.998, "pictures": 24_576})
+    config.train.update({"epochs": 24, "steps_per_epoch": 300, "batch_size": 64, "learning_rate": 2e-3})
+    config.train.update({"ema": 0.998, "pictures": 32_768})
     config.train.wrong = 0.35
     config.train.unconditional = 0.1
     config.eval.update({"every": 2, "prompts": 256, "steps": 10})
-    config.vae = config_dict.placeholder(str)  # the folder that the autoencoder job left
-    config.shift = 3.0
+    config.vae = "embedded:sd3/vae"  # or the folder that the autoencoder job left
+    config.shift = 1.0
     config.sample_size = 64
     config.text = {
         "clip_length": CLIP_LENGTH,

@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from firm_jax.errors import ConfigError  # noqa: E402
-from firm_jax.rl.nft import ema_decay, mix, nft_loss, noised, old_policy_decay, self_normalised_error  # noqa: E402
+from firm_jax.generation.schedules import noised  # noqa: E402
+from firm_jax.rl.nft import ema_decay, mix, nft_loss, old_policy_decay, self_normalised_error  # noqa: E402
 
 SHAPE = (5, 4, 3, 7)
 NAMES = ("v", "v_old", "v_ref", "x_t", "x0", "t", "r")
