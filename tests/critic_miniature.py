@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
 from PIL import Image
 
+from firm_jax import models
 from firm_jax.shapes.critic_folder import write_critic_folder
 
 TEXTS = (
@@ -49,8 +52,12 @@ MINIATURE = {
 
 
 def write_miniature(folder: Path) -> Path:
-    """The folder with random weights."""
+    """The folder with every parameter drawn at random, large enough that the answers differ from prompt to prompt."""
     write_critic_folder(folder, TEXTS, MINIATURE, seed=0)
+    graphdef, params = nnx.split(models.from_pretrained(folder))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)
+    models.save_pretrained(nnx.merge(graphdef, params), folder)
     return folder
 
 

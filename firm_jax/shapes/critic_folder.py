@@ -5,6 +5,7 @@ Its tokenizer is Qwen's byte-level byte-pair scheme, learned on the shapes world
 """
 
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from firm_jax.models import abstract, save_pretrained
 from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from firm_jax.sharding import path_name
 
 # The special tokens of Qwen3-VL that a critic meets.
 SPECIAL_TOKENS = (
@@ -102,7 +104,7 @@ def write_critic_folder(folder: Path, texts: Iterable[str], miniature: dict, *, 
         }
     )
     graphdef, _ = nnx.split(abstract(Qwen3VL, config))
-    params = jax.jit(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed))))()
+    params = jax.jit(lambda: _initial_params(config, seed))()
     save_pretrained(nnx.merge(graphdef, params), folder)
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -124,6 +126,19 @@ def write_critic_folder(folder: Path, texts: Iterable[str], miniature: dict, *, 
         "do_sample": False,
     }
     _write(folder / "generation_config.json", ends)
+
+
+def _initial_params(config: Qwen3VLConfig, seed: int):
+    """Random parameters, the language model's small as Qwen's own were: it then learns to look sooner."""
+
+    def small(path, leaf):
+        name = path_name(path)
+        if not (name.startswith("language_model.layers") and name.endswith(".kernel")):
+            return leaf
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        return 0.02 * jax.random.normal(key, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(small, nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed))))
 
 
 def _write(file: Path, content: dict) -> None:
