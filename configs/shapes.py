@@ -1,6 +1,6 @@
 """The jobs that train the miniature: `:autoencoder`, then `:generator` over it; `:critic_gen` on its own.
 
-Each is at most an hour on two CPU cores and can be interrupted and continued.
+Each is meant for two CPU cores and can be interrupted and continued.
 """
 
 from ml_collections import ConfigDict, config_dict

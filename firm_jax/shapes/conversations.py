@@ -1,11 +1,11 @@
 """The shapes world as a source of critic training data: the oracle's answers in the critic's output formats."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from firm_jax.critic.rubric import Rubric
 from firm_jax.data.conversations import Conversation
 from firm_jax.errors import DataError
 from firm_jax.shapes import teach
@@ -15,12 +15,12 @@ from firm_jax.shapes.scene import Prompt
 class ShapesConversations:
     """`count` examples, each drawn from its own random stream, so that example `i` is the same in every run.
 
-    rubrics: `alignment` and `quality`. stream: which of the independent sets of examples, 0 to train on, 1 held out.
+    rubrics: `alignment` and `quality`, each with `fill(text)`. stream: which of the independent sets of examples, 0 to train on, 1 held out.
     samples: an .npz file with a generator's own pictures (`images`, uint8 [N, H, W, 3]) and what each was asked to
     show (`prompts`, N JSON texts of `Prompt.to_json`); `share` of the examples are then drawn from it.
     """
 
-    def __init__(self, count: int, rubrics: dict[str, Rubric], *, seed: int, stream: int, samples=None, share=0.0):
+    def __init__(self, count: int, rubrics: Mapping, *, seed: int, stream: int, samples=None, share=0.0):
         self.count, self.rubrics, self.seed, self.stream = count, rubrics, seed, stream
         self.share = share if samples else 0.0
         self.images, self.prompts = _read_samples(samples) if samples else (None, None)
