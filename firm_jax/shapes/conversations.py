@@ -15,7 +15,7 @@ from firm_jax.shapes.scene import Prompt
 class ShapesConversations:
     """`count` examples, each drawn from its own random stream, so that example `i` is the same in every run.
 
-    rubrics: `alignment` and `quality`, each with `fill(text)`. stream: which of the independent sets of examples, 0 to train on, 1 held out.
+    rubrics: `alignment` and `quality`. stream: which of the independent sets of examples, 0 to train on, 1 held out.
     samples: an .npz file with a generator's own pictures (`images`, uint8 [N, H, W, 3]) and what each was asked to
     show (`prompts`, N JSON texts of `Prompt.to_json`); `share` of the examples are then drawn from it.
     """
