@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from firm_jax.errors import NonFiniteError
+from firm_jax.errors import ConfigError, NonFiniteError
 from firm_jax.mesh import shard_batch
 from firm_jax.run import Run
 from firm_jax.sharding import path_name
@@ -24,6 +24,11 @@ def fit(run: Run, config, mesh, params, loss: Callable, batch_at: Callable, eval
     """
     train = config.train
     steps = train.epochs * train.steps_per_epoch
+    if train.warmup_steps >= steps:
+        raise ConfigError(
+            f"train.warmup_steps is {train.warmup_steps}, but the whole training has {steps} steps "
+            f"(train.epochs x train.steps_per_epoch): set it lower"
+        )
     schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, steps)
     adamw = optax.chain(
         optax.clip_by_global_norm(train.max_grad_norm), optax.adamw(schedule, b2=0.99, weight_decay=train.weight_decay)

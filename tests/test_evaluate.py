@@ -20,7 +20,10 @@ class Notes:
     """What an evaluation asks of its run."""
 
     def __init__(self):
-        self.grids = []
+        self.grids, self.lines = [], []
+
+    def say(self, line):
+        self.lines.append(line)
 
     def timer(self, phase):
         return contextlib.nullcontext()
@@ -45,8 +48,8 @@ PROMPTS = [PromptRecord("a red circle"), PromptRecord("a blue square"), PromptRe
 LORA = {"shift": np.float32(1)}
 
 
-def evaluator(critic, notes, generator=None, prompts=PROMPTS, **changed):
-    given = critic, resolve_reward("qma"), prompts, config(**changed), jax.random.key(4)
+def evaluator(critic, notes, generator=None, held_out=PROMPTS, **changed):
+    given = critic, resolve_reward("qma"), held_out, config(**changed), jax.random.key(4)
     return Evaluator(notes, generator or FlatGenerator(), *given)
 
 
@@ -61,6 +64,14 @@ def test_metrics_carry_the_eval_name_and_pictures_their_prompt():
     assert (tag, shown, step, epoch) == ("eval", 6, 5, 2) and shown <= SHOWN
     assert [caption.split(" | ")[0] for caption in captions] == ["a red circle", "a blue square"] * 3
     assert all("reward" in caption for caption in captions[:4]) and not any("reward" in c for c in captions[4:])
+
+
+def test_too_few_held_out_prompts_are_said():
+    notes = Notes()
+    evaluator(ScriptedCritic(), notes)
+    assert not notes.lines
+    evaluator(ScriptedCritic(), notes, prompts=16)
+    assert notes.lines == ["eval.prompts is 16, but there are only 3 held-out prompts: all are used"]
 
 
 def test_every_evaluation_draws_the_same_images():

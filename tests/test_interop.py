@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from firm_jax.errors import WeightsError
+from firm_jax import models
+from firm_jax.errors import ConfigError, WeightsError
 from firm_jax.interop import hub, load
 from firm_jax.interop.load import load_params
 from firm_jax.interop.mapping import SAME_NAMES, Rule, tensors
@@ -371,3 +372,23 @@ def test_a_hub_out_of_reach_fails_within_seconds(tmp_path, server):
     assert "'some-lab/some-model' not found: it is not cached and could not be fetched" in message
     assert all(remedy in message for remedy in REMEDIES)
     assert float(seconds) < 15
+
+
+def test_a_dtype_that_weights_are_not_held_in_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"dtype 'fp16' .*float32, bfloat16, float16"):
+        models.from_pretrained(tmp_path, dtype="fp16")
+
+
+def test_the_identity_of_a_model_follows_its_contents_and_not_its_place(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(300, 300)).astype(np.float32)}
+    for name in ("here", "there"):
+        (tmp_path / name / "part").mkdir(parents=True)
+        (tmp_path / name / "part" / "config.json").write_text("{}")
+        save_file(weights, tmp_path / name / "part" / "model.safetensors")
+    first = hub.identity(tmp_path / "here")
+    assert first == hub.identity(tmp_path / "there") and len(first) == 16
+    save_file({"w": weights["w"] + 1}, tmp_path / "there" / "part" / "model.safetensors")
+    tuned = hub.identity(tmp_path / "there")
+    (tmp_path / "here" / "part" / "config.json").write_text('{"layers": 2}')
+    assert len({first, tuned, hub.identity(tmp_path / "here")}) == 3

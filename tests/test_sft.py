@@ -225,7 +225,7 @@ def test_a_new_miniature_is_made_where_no_model_is_named(tmp_path, one_device):
     config = load_config("configs/shapes.py:critic_gen")
     config.miniature.update(MINIATURE | {"texts": 20, "min_pixels": 1024, "max_pixels": 1024})
     config.train.update({"epochs": 1, "steps_per_epoch": 1, "batch_size": 2, "lengths": (512,)})
-    config.data.examples = config.eval.examples = 2
+    config.data.examples, config.eval.examples = 20, 2
     config.eval.update({"every": 1, "batch_size": 2, "max_new_tokens": 16})
     sft.train(config, str(tmp_path))
     critic = Critic.from_pretrained(tmp_path / "model", dtype="float32")

@@ -136,8 +136,8 @@ def test_degradations_grow_with_severity(name):
 
 
 def test_batches_are_a_function_of_the_generator():
-    captions, images = generator_batch(np.random.default_rng(5), 6)
+    prompts, images = generator_batch(np.random.default_rng(5), 6)
     again, same = generator_batch(np.random.default_rng(5), 6)
-    assert captions == again and (images == same).all()
+    assert prompts == again and (images == same).all()
     assert images.shape == (6, 64, 64, 3) and images.dtype == np.float32
     assert autoencoder_batch(np.random.default_rng(5), 3).shape == (3, 64, 64, 3)

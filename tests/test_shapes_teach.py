@@ -7,8 +7,16 @@ import pytest
 from firm_jax.critic.parse import parse_alignment, parse_quality
 from firm_jax.shapes import oracle
 from firm_jax.shapes.render import render
-from firm_jax.shapes.scene import Include, Prompt, Scene, Selector, Shape
-from firm_jax.shapes.teach import RUBRICS, alignment_answer, critic_example, quality_answer
+from firm_jax.shapes.scene import COLORS, KINDS, SIZES, Include, Prompt, Scene, Selector, Shape
+from firm_jax.shapes.teach import (
+    CAPTION_CLASSES,
+    RUBRICS,
+    alignment_answer,
+    caption_classes,
+    critic_example,
+    quality_answer,
+    vision_batch,
+)
 
 TWO = Prompt(
     "a red circle and a blue square",
@@ -78,3 +86,30 @@ def test_rubrics_are_short_and_have_the_placeholder():
     alignment, quality = ((RUBRICS / f"{name}.txt").read_text() for name in ("alignment", "quality"))
     assert "{prompt}" in alignment and "{" not in quality
     assert all(15 <= len(text.split()) <= 35 for text in (alignment, quality))
+
+
+def test_a_captions_classes_say_what_it_says_and_nothing_else():
+    first = Include(Selector("cross", "red", "small"), position=("above", 1))
+    prompt = Prompt("", "position", "hard", (first, Include(Selector("circle"), count=2)), "gray")
+    slots, background = np.split(caption_classes(prompt), [10])
+    assert slots.reshape(2, 5).tolist() == [[4, 1, 1, 1, 3], [1, 0, 0, 2, 0]] and background == [3]
+    alone = Prompt("", "single_object", "easy", (Include(Selector("square")),))
+    assert caption_classes(alone).tolist() == [2, 0, 0, 1, 0] + 6 * [0]
+    assert len(CAPTION_CLASSES) == len(slots) + 1
+
+
+def test_vision_batches_are_labelled_with_what_the_oracle_reads():
+    images, labels, quality = vision_batch(np.random.default_rng(3), 60)
+    assert (labels[..., 3] == np.arange(4)).all() and labels.max((0, 1)).tolist() == [4, 6, 2, 3]
+    agreement = []
+    for image, quarters, scores in zip(images, labels, quality, strict=True):
+        assert tuple(scores + 1) == oracle.quality_scores(image)
+        if scores.min() == 4:
+            found = np.zeros((4, 3), int)
+            for shape in oracle.read(image).shapes:
+                place = 2 * (shape.y > 0.5) + (shape.x > 0.5)
+                names = (KINDS, shape.kind), (tuple(COLORS), shape.color), (tuple(SIZES), shape.size)
+                found[place] = [1 + values.index(value) for values, value in names]
+            agreement.append((found == quarters[:, :3]).all())
+    assert len(agreement) > 10 and np.mean(agreement) > 0.9
+    assert {0, 4} <= set(quality.ravel()) and (quality < 4).any(1).mean() > 0.2

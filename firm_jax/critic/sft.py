@@ -23,7 +23,7 @@ from firm_jax.critic.rubric import Rubric, rubrics_from
 from firm_jax.critic.score import Critic, end_tokens, folder_rubrics
 from firm_jax.data.conversations import Conversation, ConversationFile
 from firm_jax.errors import ConfigError, DataError, NonFiniteError
-from firm_jax.interop.hub import resolve
+from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import batch_size, make_mesh, shard_batch
 from firm_jax.run import Run
 from firm_jax.shapes.conversations import ShapesConversations
@@ -219,7 +219,7 @@ def train(config, workdir: str) -> None:
         folder = base_folder(config, run, examples)
         processor = Processor(folder)
         rubrics = rubrics or folder_rubrics(folder)
-        run.base_weights = {"critic": str(config.critic.model or "untrained miniature")}
+        run.base_weights = {"critic": identity(folder)}
         graphdef, params = nnx.split(models.from_pretrained(folder, dtype="float32", mesh=mesh))
         settings = config.train
         if settings.batch_size % batch_size(mesh):
@@ -311,7 +311,8 @@ def base_folder(config, run: Run, examples) -> Path:
         return resolve(config.critic.model)
     folder = run.workdir / "untrained"
     if run.is_main:
-        texts = [text for i in range(config.miniature.texts) for text in (examples[i].prompt, examples[i].answer)]
+        shown = range(min(config.miniature.texts, len(examples)))
+        texts = [text for i in shown for text in (examples[i].prompt, examples[i].answer)]
         write_critic_folder(folder, texts, config.miniature.to_dict(), seed=config.seed)
     return folder
 

@@ -1,8 +1,8 @@
 """Training a critic's vision tower before it meets the language model, as the towers of real critics were.
 
-Each quarter of a picture of the shapes world has to say what it holds, from the features of each of the tower's
-outputs alone: kind, colour and size of its shape, or none, and which quarter it is, so that a language model finds it.
-The read-outs are linear and thrown away afterwards.
+From the features of each of the tower's outputs alone, each quarter of a picture of the shapes world has to say what
+it holds (kind, colour and size of its shape, or none) and which quarter it is, so that a language model finds it; the
+mean of all quarters has to say the picture's three quality scores. The read-outs are linear and thrown away afterwards.
 """
 
 import shutil
@@ -27,13 +27,15 @@ QUARTERS = 4
 
 
 class Readout(nnx.Module):
-    """Linear read-outs of a quarter's features: one set of logits for each of teach.QUARTER_CLASSES."""
+    """Quarters' features [M, 4, D] -> logits [M, 4, classes] for each of teach.QUARTER_CLASSES, and logits
+    [M, classes] of the whole picture for each of teach.QUALITY_CLASSES."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.heads = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.QUARTER_CLASSES])
+        self.contents = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.QUARTER_CLASSES])
+        self.quality = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.QUALITY_CLASSES])
 
     def __call__(self, features):
-        return [head(features) for head in self.heads]
+        return [head(features) for head in self.contents], [head(features.mean(1)) for head in self.quality]
 
 
 def quarters(features):
@@ -44,21 +46,26 @@ def quarters(features):
 
 
 def vision_loss(graphdefs, params, batch):
-    """Mean cross-entropy of all read-outs over all quarters, and the share of quarters read right from the main output.
+    """Mean cross-entropy of all read-outs; of the main output, the shares of quarters and of scores read right.
 
-    batch: `patches` and `grids` of M square pictures, `labels` [M, 4, classes].
+    batch: `patches` and `grids` of M square pictures, `labels` [M, 4, 4], `quality` [M, 3].
     """
     model = nnx.merge(graphdefs["model"], params["model"])
-    features, deepstack = model.encode_images(batch["patches"], batch["grids"])
-    losses = []
-    for output, (graphdef, state) in enumerate(zip(graphdefs["readouts"], params["readouts"], strict=True)):
-        logits = nnx.merge(graphdef, state)(quarters(features if output == 0 else deepstack[output - 1]))
-        for index, scores in enumerate(logits):
-            losses.append(optax.softmax_cross_entropy_with_integer_labels(scores, batch["labels"][..., index]).mean())
-        if output == 0:
-            right = jnp.stack([scores.argmax(-1) == batch["labels"][..., i] for i, scores in enumerate(logits)])
+    features, deepstack = model.encode_images(batch["patches"], batch["grids"], remat="full")
+    losses, right = [], []
+    for output, graphdef, state in zip([features, *deepstack], graphdefs["readouts"], params["readouts"], strict=True):
+        contents, quality = nnx.merge(graphdef, state)(quarters(output))
+        for logits, labels in ((contents, batch["labels"]), (quality, batch["quality"])):
+            labels = jnp.moveaxis(labels, -1, 0)
+            losses += [_cross_entropy(a, b) for a, b in zip(logits, labels, strict=True)]
+            right.append(jnp.stack([a.argmax(-1) == b for a, b in zip(logits, labels, strict=True)]))
     total = sum(losses) / len(losses)
-    return total, {"loss/total": total, "train/quarters_right": right.all(0).mean()}
+    shares = {"train/quarters_right": right[0].all(0).mean(), "train/quality_right": right[1].mean()}
+    return total, {"loss/total": total, **shares}
+
+
+def _cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def train_vision(config, workdir: str) -> None:
@@ -75,12 +82,13 @@ def train_vision(config, workdir: str) -> None:
         params = replicate({"model": params, "readouts": [state for _, state in readouts]}, mesh)
 
         def batch(rng, count):
-            images, labels = teach.vision_batch(rng, count)
+            images, labels, quality = teach.vision_batch(rng, count)
             patched = [patch_image(np.round(image * 255).astype(np.uint8), processor.images) for image in images]
             return {
                 "patches": np.stack([image.patches for image in patched]),
                 "grids": np.array([image.grid for image in patched], np.int32),
                 "labels": labels,
+                "quality": quality,
             }
 
         def batch_at(step):
@@ -90,7 +98,8 @@ def train_vision(config, workdir: str) -> None:
         measure = jax.jit(lambda params: vision_loss(graphdefs, params, held_out)[1])
 
         def evaluate(params, epoch):
-            return {"eval/quarters_right": float(measure(params)["train/quarters_right"])}
+            measured = measure(params)
+            return {f"eval/{name}": float(measured[f"train/{name}"]) for name in ("quarters_right", "quality_right")}
 
         params = fit(
             run, config, mesh, params, lambda p, b, key: vision_loss(graphdefs, p, b), batch_at, evaluate,

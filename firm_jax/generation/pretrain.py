@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from firm_jax import models
@@ -22,11 +23,13 @@ from firm_jax.generation.text import TextEncoders, load_tokenizer
 from firm_jax.interop.hub import resolve
 from firm_jax.mesh import make_mesh, replicate, shard_batch, to_host
 from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from firm_jax.models.layers import Linear
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
 from firm_jax.models.t5 import T5Config, T5Encoder
 from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from firm_jax.run import Run
 from firm_jax.shapes import oracle, teach
+from firm_jax.shapes.scene import Prompt
 from firm_jax.shapes.scene import prompts as shapes_prompts
 from firm_jax.shapes.tokenizers import save_tokenizers
 
@@ -57,8 +60,7 @@ def train_autoencoder(config, workdir: str) -> None:
     """
     mesh = make_mesh(**config.mesh)
     with Run(config, workdir) as run, jax.set_mesh(mesh):
-        vae_config = AutoencoderKLConfig(**config.vae, scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
-        graph, params = nnx.split(AutoencoderKL(vae_config, rngs=nnx.Rngs(config.seed)))
+        graph, params = nnx.split(_first_autoencoder(config))
         params = replicate(params, mesh)
 
         def batch_at(step):
@@ -89,9 +91,17 @@ def train_autoencoder(config, workdir: str) -> None:
         latents = np.asarray(encode(params, shard_batch(held_out, mesh)))
         vae = nnx.merge(graph, params)
         scaling = {"scaling_factor": 1 / float(latents.std()), "shift_factor": float(latents.mean())}
-        vae.config = dataclasses.replace(vae_config, **scaling)
+        vae.config = dataclasses.replace(vae.config, **scaling)
         if run.is_main:
             models.save_pretrained(vae, Path(workdir) / "model", dtype="float16")
+
+
+def _first_autoencoder(config) -> AutoencoderKL:
+    """The autoencoder that training starts from: the one in the folder `init`, or a new one when that is None."""
+    if config.init:
+        return models.from_pretrained(resolve(config.init))
+    vae_config = AutoencoderKLConfig(**config.vae, scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
+    return AutoencoderKL(vae_config, rngs=nnx.Rngs(config.seed))
 
 
 def _same_reading(image: np.ndarray, decoded: np.ndarray) -> bool:
@@ -104,23 +114,47 @@ def _same_reading(image: np.ndarray, decoded: np.ndarray) -> bool:
     return content(before) == content(after)
 
 
-def flow_matching_loss(generator: SD3Generator, config) -> Callable:
+class CaptionReadout(nnx.Module):
+    """Linear read-outs of what a caption says: features [B, D] -> logits for each of teach.CAPTION_CLASSES."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.heads = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.CAPTION_CLASSES])
+
+    def __call__(self, features):
+        return [head(features) for head in self.heads]
+
+
+def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
     """Rectified flow: the squared error of the velocity `noise - x0` at `x_t = (1 - t) x0 + t noise`.
 
-    t is logit-normal, moved by the schedule's shift as the sampler's sigmas are. The text encoders learn along; a
-    share `train.unconditional` of the captions arrives empty, for classifier-free guidance.
+    t is distributed as the sampler's sigmas: uniform, moved by the schedule's shift. A share `train.unconditional` of
+    the captions arrives empty, for classifier-free guidance.
+
+    The text encoders of a real pipeline can read before a picture is drawn; these learn along. So that they do so
+    sooner than the pictures alone would teach them, a cross-entropy weighed by `train.readout` asks the pooled vector
+    and the means of CLIP's and of T5's tokens what the caption says. Those read-outs are thrown away afterwards.
     """
 
     def loss(params, batch, key):
         noise_key, time_key = jax.random.split(key)
         x0 = batch["latents"]
-        t = jax.nn.sigmoid(jax.random.normal(time_key, x0.shape[:1]))
+        t = jax.random.uniform(time_key, x0.shape[:1])
         t = config.shift * t / (1 + (config.shift - 1) * t)
         noise = jax.random.normal(noise_key, x0.shape)
         conditioning = generator.text_encoders.encode(params["text"], batch["ids"], config.text.t5_length)
-        v = generator.velocity(params["transformer"], None, noised(x0, noise, t), t, conditioning)
-        total = jnp.square(v - (noise - x0)).mean()
-        return total, {"loss/total": total}
+        v = generator.velocity(params["transformer"], None, noised(x0, noise, t), t, conditioning, remat="full")
+        flow = jnp.square(v - (noise - x0)).mean()
+        clip, t5 = jnp.split(conditioning.context, [config.text.clip_length], axis=1)
+        entropies = [
+            optax.softmax_cross_entropy_with_integer_labels(logits, batch["said"][:, index]).mean()
+            for graphdef, state, features in zip(
+                readouts, params["readouts"], (conditioning.pooled, clip.mean(1), t5.mean(1)), strict=True
+            )
+            for index, logits in enumerate(nnx.merge(graphdef, state)(features))
+        ]
+        readout = sum(entropies) / len(entropies)
+        total = flow + config.train.readout * readout
+        return total, {"loss/total": total, "loss/flow": flow, "loss/readout": readout}
 
     return loss
 
@@ -128,6 +162,7 @@ def flow_matching_loss(generator: SD3Generator, config) -> Callable:
 def train_flow_matching(config, workdir: str) -> None:
     """Train an SD3 pipeline on the shapes world; leaves it as a diffusers folder in `workdir/model`.
 
+    Beside it lies `samples.npz`, pictures of `samples` training prompts, for its critic to learn from.
     The pictures follow their captions only in part (`train.wrong`), so the generator learns to draw every concept
     and not to obey: what reinforcement learning is for.
     """
@@ -135,9 +170,13 @@ def train_flow_matching(config, workdir: str) -> None:
     vae = models.from_pretrained(resolve(config.vae), mesh=mesh)
     with Run(config, workdir) as run, jax.set_mesh(mesh):
         if run.is_main:
-            _write_pipeline_files(folder, config)
+            _write_schedule_and_tokenizers(folder, config)
         generator = _new_generator(folder, vae, config, mesh)
-        params = replicate({"transformer": generator.params, "text": generator.text_encoders.params}, mesh)
+        widths = (sum(config.text.clip_widths), config.text.t5_width, config.text.t5_width)
+        rngs = nnx.Rngs(config.seed)
+        readouts, readout_params = zip(*(nnx.split(CaptionReadout(w, rngs=rngs)) for w in widths), strict=True)
+        params = {"transformer": generator.params, "text": generator.text_encoders.params}
+        params = replicate(params | {"readouts": list(readout_params)}, mesh)
 
         pictures = _encoded_pictures(generator, config, run.progress)
         empty = generator.text_encoders.tokenize([""], config.text.t5_length)
@@ -147,17 +186,20 @@ def train_flow_matching(config, workdir: str) -> None:
             rows = rng.integers(config.train.pictures, size=config.train.batch_size)
             dropped = rng.random((len(rows), 1)) < config.train.unconditional
             ids = {name: np.where(dropped, empty[name], all_ids[rows]) for name, all_ids in pictures["ids"].items()}
-            return {"latents": pictures["latents"][rows], "ids": ids}
+            said = np.where(dropped, 0, pictures["said"][rows])
+            return {"latents": pictures["latents"][rows], "ids": ids, "said": said}
+
+        def draw(prompts):
+            return generator.sample(
+                [prompt.text for prompt in prompts], steps=config.eval.steps, guidance=1.0, solver="dpm2",
+                height=config.sample_size, width=config.sample_size, max_text_tokens=config.text.t5_length,
+            )  # fmt: skip
 
         held_out = shapes_prompts("test", config.eval.prompts)
 
         def evaluate(params, epoch):
             generator.params, generator.text_encoders.params = params["transformer"], params["text"]
-            size = config.sample_size
-            images = generator.sample(
-                [prompt.text for prompt in held_out], steps=config.eval.steps, guidance=1.0, solver="dpm2",
-                height=size, width=size, max_text_tokens=config.text.t5_length,
-            )  # fmt: skip
+            images = draw(held_out)
             holds = [oracle.check(image, prompt) for image, prompt in zip(images, held_out, strict=True)]
             captions = [f"{p.text} | {np.mean(h):.2f}" for p, h in zip(held_out, holds, strict=True)]
             run.images("samples", images[:32], captions[:32], step=epoch * config.train.steps_per_epoch, epoch=epoch)
@@ -167,30 +209,44 @@ def train_flow_matching(config, workdir: str) -> None:
             }
 
         params = fit(
-            run, config, mesh, params, flow_matching_loss(generator, config), batch_at, evaluate,
+            run, config, mesh, params, flow_matching_loss(generator, readouts, config), batch_at, evaluate,
             fixed=r"pos_embed\.pos_embed",
         )  # fmt: skip
+        generator.params, generator.text_encoders.params = params["transformer"], params["text"]
+        asked = shapes_prompts("train", config.samples)
+        pictures = [draw(asked[start : start + 256]) for start in range(0, len(asked), 256)]
         if run.is_main:
-            _save_networks(folder, generator, params, vae)
+            generator.save_pretrained(folder, dtype="float16")
+            _write_samples(Path(workdir) / "samples.npz", np.concatenate(pictures), asked)
+
+
+def _write_samples(file: Path, images: np.ndarray, prompts: list[Prompt]) -> None:
+    """Pictures float [N, H, W, 3] in [0, 1] and what each was asked to show, as shapes.conversations reads them."""
+    texts = [json.dumps(prompt.to_json()) for prompt in prompts]
+    np.savez_compressed(file, images=np.round(images * 255).astype(np.uint8), prompts=np.array(texts))
 
 
 def _encoded_pictures(generator: SD3Generator, config, progress: Callable) -> dict:
-    """`train.pictures` captioned pictures as latents and token ids: the autoencoder, which does not change, would
-    take more of every step than the transformer."""
+    """`train.pictures` captioned pictures as latents, token ids and what the captions say.
+
+    The autoencoder does not change, and would take more of every step than the transformer.
+    """
 
     @jax.jit
     def encode(vae_params, images):
         mean, _ = nnx.merge(generator.vae_graphdef, vae_params).encode(images * 2 - 1)
         return (mean - generator.vae_config.shift_factor) * generator.vae_config.scaling_factor
 
-    latents, ids = [], []
+    latents, ids, said = [], [], []
     for start in progress(range(0, config.train.pictures, 256), "encoding the pictures"):
         rng = np.random.default_rng([config.seed, 0, start])
-        captions, images = teach.generator_batch(rng, min(256, config.train.pictures - start), config.train.wrong)
+        prompts, images = teach.generator_batch(rng, min(256, config.train.pictures - start), config.train.wrong)
         latents.append(to_host(encode(generator.vae_params, shard_batch(images, generator.mesh))))
-        ids.append(generator.text_encoders.tokenize(captions, config.text.t5_length))
+        ids.append(generator.text_encoders.tokenize([prompt.text for prompt in prompts], config.text.t5_length))
+        said += [teach.caption_classes(prompt) for prompt in prompts]
     return {
         "latents": np.concatenate(latents),
+        "said": np.stack(said),
         "ids": {name: np.concatenate([part[name] for part in ids]) for name in ids[0]},
     }
 
@@ -242,38 +298,21 @@ def _new_generator(folder: Path, vae: AutoencoderKL, config, mesh) -> SD3Generat
         ),
         rngs=rngs,
     )
+    for network in networks.values():
+        embedding = getattr(network, "shared", None) or network.token_embedding
+        # Of the size of what attention adds to it: otherwise all tokens of a caption look alike after one layer.
+        embedding.embedding[...] *= 50
     text_encoders = TextEncoders(tokenizers, networks, text.t5_width, mesh)
     return SD3Generator(transformer, vae, text_encoders, read_scheduler(folder), mesh)
 
 
-def _write_pipeline_files(folder: Path, config) -> None:
-    """What a diffusers SD3 folder holds beside its networks: the index, the schedule, the tokenizers."""
-    text = {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"}
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        **{f"{name}{suffix}": ["transformers", kind] for name, kind in text.items() for suffix in ("", "_2")},
-        "text_encoder_3": ["transformers", "T5EncoderModel"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"],
-    }
-    scheduler = {
+def _write_schedule_and_tokenizers(folder: Path, config) -> None:
+    """What a new pipeline reads from its folder; the rest of the folder is written when it is trained."""
+    schedule = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": config.shift,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
     save_tokenizers(folder, config.text.clip_length)
-
-
-def _save_networks(folder: Path, generator: SD3Generator, params, vae: AutoencoderKL) -> None:
-    models.save_pretrained(vae, folder / "vae", dtype="float16")
-    models.save_pretrained(
-        nnx.merge(generator.graphdef, params["transformer"]), folder / "transformer", dtype="float16"
-    )
-    for name, graphdef in generator.text_encoders.graphdefs.items():
-        models.save_pretrained(nnx.merge(graphdef, params["text"][name]), folder / name, dtype="float16")

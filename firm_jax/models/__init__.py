@@ -24,6 +24,8 @@ CLASSES = {
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
 }
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def network_class(hf_class: str) -> type[nnx.Module]:
     """Our class for a PyTorch class name; ConfigError for one that is not supported."""
@@ -58,6 +60,8 @@ def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
     from firm_jax.interop.hub import resolve
     from firm_jax.interop.load import load_params
 
+    if (name := dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not one that weights are held in: {', '.join(DTYPES)}")
     folder = resolve(folder)
     raw = read_config(folder)
     names = [raw["_class_name"]] if "_class_name" in raw else list(raw.get("architectures") or [])

@@ -28,6 +28,10 @@ class Evaluator:
         settings = config.eval
         self.run, self.critic, self.reward, self.config = run, critic, reward, config
         prompts = list(held_out[: settings.prompts])
+        if len(prompts) < settings.prompts:
+            run.say(
+                f"eval.prompts is {settings.prompts}, but there are only {len(prompts)} held-out prompts: all are used"
+            )
         rows = np.tile(np.arange(len(prompts), dtype=np.int32), settings.images_per_prompt)
         self.prompts, self.rows = [prompts[row] for row in rows], rows
         self.numbers = np.arange(len(rows), dtype=np.uint32)

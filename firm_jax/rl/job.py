@@ -20,7 +20,7 @@ from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError, CriticError, FirmError, NonFiniteError, WeightsError
 from firm_jax.generation import Generator, check_size
 from firm_jax.generation.solvers import SOLVERS
-from firm_jax.interop.hub import resolve
+from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import to_host
 from firm_jax.models.layers import REMAT_POLICIES
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
@@ -111,8 +111,8 @@ class Job:
 
     def __init__(self, config, mesh):
         self.config, self.mesh = config, mesh
-        self.base_weights = {"model": config.model, "critic": config.critic.model}
         self.folders = find_weights({"model": config.model, "critic.model": config.critic.model})
+        self.base_weights = {part: identity(folder) for part, folder in self.folders.items()}
         for section in (config.rollout, config.eval):
             check_size(self.folders["model"], section.height, section.width)
         self.prompts = load_prompts(

@@ -10,13 +10,16 @@ from firm_jax.shapes import oracle
 from firm_jax.shapes.oracle import Reading
 from firm_jax.shapes.render import degrade, render
 from firm_jax.shapes.scene import (
+    BACKGROUNDS,
     COLORS,
     KINDS,
+    MAX_SHAPES,
+    RELATIONS,
     SIZES,
     TAGS,
     Prompt,
     Scene,
-    Shape,
+    Selector,
     corrupt_prompt,
     sample_prompt,
     sample_scene,
@@ -45,15 +48,41 @@ _REMARKS = (
 )
 
 
-def generator_batch(rng: np.random.Generator, count: int, wrong: float = 0.35) -> tuple[list[str], np.ndarray]:
-    """Captions and images float32 [count, 64, 64, 3] in [0, 1], for the base generator.
+def generator_batch(rng: np.random.Generator, count: int, wrong: float = 0.35) -> tuple[list[Prompt], np.ndarray]:
+    """Prompts and images float32 [count, 64, 64, 3] in [0, 1], for the base generator.
 
-    Each attribute of a picture is drawn anew with probability `wrong`, whatever its caption says: a generator
+    Each attribute of a picture is drawn anew with probability `wrong`, whatever its prompt says: a generator
     trained on such pairs draws every concept crisply, and follows the prompt about half the time.
     """
-    captions = [_any_prompt(rng) for _ in range(count)]
-    images = [render(sample_scene(rng, corrupt_prompt(rng, caption, wrong))) for caption in captions]
-    return [caption.text for caption in captions], np.stack(images)
+    prompts = [_any_prompt(rng) for _ in range(count)]
+    images = [render(sample_scene(rng, corrupt_prompt(rng, prompt, wrong))) for prompt in prompts]
+    return prompts, np.stack(images)
+
+
+# Of a caption: kind, colour, size, count and relation of the first and the second thing it names, and the background.
+CAPTION_CLASSES = 2 * (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES), 1 + MAX_SHAPES, 1 + len(RELATIONS))
+CAPTION_CLASSES += (1 + len(BACKGROUNDS),)
+
+
+def caption_classes(prompt: Prompt) -> np.ndarray:
+    """What a caption says, int32 [11], as CAPTION_CLASSES counts it; 0 is what it leaves open."""
+    said = []
+    for slot in range(2):
+        item = prompt.include[slot] if slot < len(prompt.include) else None
+        selector = item.selector if item else Selector()
+        said += [
+            _place(KINDS, selector.kind),
+            _place(COLORS, selector.color),
+            _place(SIZES, selector.size),
+            item.count if item else 0,
+            _place(RELATIONS, item.position[0] if item and item.position else None),
+        ]
+    return np.array([*said, _place(BACKGROUNDS, prompt.background)], np.int32)
+
+
+def _place(values, value) -> int:
+    """1 + the index of a value among the known ones; 0 for None."""
+    return 0 if value is None else 1 + list(values).index(value)
 
 
 def autoencoder_batch(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -68,26 +97,26 @@ def _any_prompt(rng: np.random.Generator) -> Prompt:
 
 # Of what a quarter of a picture holds: kind, colour, size, class 0 being "no shape"; and which quarter it is.
 QUARTER_CLASSES = (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES), 4)
+QUALITY_CLASSES = (5, 5, 5)  # of a whole picture: aesthetics, technical, structure, class 0 being the score 1
 
 
-def vision_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [count, 64, 64, 3], clean or slightly spoiled, and what their quarters hold: int32 [count, 4, 4].
+def vision_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures [count, 64, 64, 3] in every state, what their quarters hold, int32 [count, 4, 4], and their quality,
+    int32 [count, 3].
 
-    Quarters in reading order; classes as QUARTER_CLASSES counts them.
+    Quarters in reading order; classes as QUARTER_CLASSES and QUALITY_CLASSES count them.
     """
     images, labels = [], np.zeros((count, 4, len(QUARTER_CLASSES)), np.int32)
     labels[..., 3] = np.arange(4)
     for row in range(count):
         scene = sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5))
-        images.append(_aged(rng, render(scene)))
+        image = render(scene)
+        images.append(degrade(rng, image) if rng.random() < 0.35 else _aged(rng, image))
         for shape in scene.shapes:
-            classes = (1 + list(values).index(value) for values, value in _quarter(shape))
-            labels[row, 2 * (shape.y > 0.5) + (shape.x > 0.5), :3] = tuple(classes)
-    return np.stack(images), labels
-
-
-def _quarter(shape: Shape):
-    return ((KINDS, shape.kind), (COLORS, shape.color), (SIZES, shape.size))
+            classes = (_place(KINDS, shape.kind), _place(COLORS, shape.color), _place(SIZES, shape.size))
+            labels[row, 2 * (shape.y > 0.5) + (shape.x > 0.5), :3] = classes
+    quality = np.array([oracle.quality_scores(image) for image in images], np.int32) - 1
+    return np.stack(images), labels, quality
 
 
 def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:

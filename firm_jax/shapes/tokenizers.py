@@ -3,10 +3,11 @@
 Every word of the world is one token; anything else falls apart into letters, so that no text is refused.
 """
 
-import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from firm_jax.shapes.scene import VOCABULARY
@@ -16,29 +17,36 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
 
 def clip_tokenizer(max_length: int) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer, lower-casing, with `<|startoftext|>` and `<|endoftext|>` (also the padding)."""
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=list(_LETTERS),
-        show_progress=False,
-    )
-    learner.train_from_iterator([*VOCABULARY, *_LETTERS], trainer)
-    learned = learner.get_vocab()
-    pieces = sorted(learned, key=learned.get)
-    pieces += [f"{letter}</w>" for letter in _LETTERS if f"{letter}</w>" not in learned]
-    merges = [tuple(pair) for pair in _merges(learner)]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *special])}
+    merges = _merges(VOCABULARY)
+    pieces = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), *map("".join, merges)]
+    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
-def _merges(learner: Tokenizer) -> list[list[str]]:
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [pair if isinstance(pair, list) else pair.split(" ") for pair in merges]
+def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, in order, until every word is one piece: always the most frequent pair.
+
+    Of equally frequent pairs the first in the alphabet, where the `tokenizers` library takes another one each time: a
+    run that is continued has to find the tokens that it was begun with.
+    """
+    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        pair = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(pair)
+        spelled = [_merged(pieces, pair) for pieces in spelled]
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces of a word with every occurrence of the pair made one."""
+    merged = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def t5_tokenizer(max_length: int) -> T5Tokenizer:

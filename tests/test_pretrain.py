@@ -1,0 +1,118 @@
+"""The jobs that train the miniature: each runs, resumes to the same bits, and leaves a folder that opens."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from critic_miniature import MINIATURE
+
+from firm_jax import models
+from firm_jax.config import load_config
+from firm_jax.critic import Critic, vision
+from firm_jax.critic.rubric import Rubric
+from firm_jax.errors import ConfigError
+from firm_jax.generation import Generator, pretrain
+from firm_jax.mesh import make_mesh
+from firm_jax.run import Run, Stopped
+from firm_jax.shapes.conversations import ShapesConversations
+
+RUBRICS = {name: Rubric(name, "{prompt}", "") for name in ("alignment", "quality")}
+FEW = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 2, "warmup_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (pretrain, vision):
+            patched.setattr(module, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1]))
+        yield
+
+
+def stop_and_continue(job, config, folder):
+    """The job, stopped after its first epoch and started again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "should_stop", lambda self: True)
+        with pytest.raises(Stopped):
+            job(config, str(folder))
+    job(config, str(folder))
+
+
+def last_metrics(folder) -> dict:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def weights(folder) -> dict[str, bytes]:
+    files = sorted(folder.rglob("*.safetensors"))
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory, one_device):
+    config = load_config("configs/shapes.py:autoencoder")
+    config.train.update(FEW)
+    config.eval.images = 8
+    config.vae.update({"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4})
+    folder = tmp_path_factory.mktemp("autoencoder")
+    pretrain.train_autoencoder(config, str(folder))
+    return folder
+
+
+def test_the_autoencoder_job_measures_and_scales_its_latents(autoencoder):
+    metrics = last_metrics(autoencoder)
+    assert np.isfinite(metrics["loss/total"]) and 0 < metrics["eval/psnr"] < 40
+    assert 0 <= metrics["eval/oracle_agreement"] <= 1
+    vae = models.from_pretrained(autoencoder / "model")
+    assert vae.config.scaling_factor not in (0, 1) and vae.config.shift_factor != 0
+
+
+def test_the_autoencoder_job_starts_from_a_folder(autoencoder, tmp_path, one_device):
+    config = load_config("configs/shapes.py:autoencoder_kl")
+    config.train.update(FEW | {"epochs": 1, "steps_per_epoch": 1, "learning_rate": 0.0, "weight_decay": 0.0})
+    config.train.warmup_steps, config.eval.images, config.init = 0, 8, str(autoencoder / "model")
+    pretrain.train_autoencoder(config, str(tmp_path))
+    assert weights(tmp_path / "model") == weights(autoencoder / "model")
+
+
+def test_the_generator_job_continues_and_leaves_a_pipeline(autoencoder, tmp_path, one_device):
+    config = load_config("configs/shapes.py:generator")
+    config.train.update(FEW | {"pictures": 4})
+    config.eval.update({"every": 2, "prompts": 2, "steps": 1})
+    config.samples = 8
+    config.vae = str(autoencoder / "model")
+    config.text.update({"clip_widths": (8, 16), "t5_width": 24, "layers": 1, "heads": 2})
+    config.transformer.update({"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8})
+    config.transformer.dual_attention_layers = (0,)
+    pretrain.train_flow_matching(config, str(tmp_path / "straight"))
+    stop_and_continue(pretrain.train_flow_matching, config, tmp_path / "stopped")
+    assert weights(tmp_path / "straight" / "model") == weights(tmp_path / "stopped" / "model")
+    assert set(last_metrics(tmp_path / "straight")) >= {"eval/oracle_fraction", "eval/oracle_accuracy"}
+    samples = ShapesConversations(9, RUBRICS, seed=0, stream=0, samples=tmp_path / "stopped" / "samples.npz", share=1.0)
+    assert {example.criterion for example in samples} == {"alignment_samples", "quality_samples"}
+    assert samples.images.shape == (8, 64, 64, 3) and samples[0].images[0].shape == (64, 64, 3)
+    generator = Generator.from_pretrained(tmp_path / "straight" / "model", dtype="float32")
+    images = generator.sample(["a red square"], steps=1, guidance=2.0, height=64, width=64, max_text_tokens=17)
+    assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
+    assert generator.scheduler["shift"] == config.shift
+
+
+def test_the_vision_job_leaves_a_critic_with_only_its_tower_trained(tmp_path, one_device):
+    config = load_config("configs/shapes.py:critic_vision")
+    config.miniature.update(MINIATURE | {"texts": 20, "min_pixels": 1024, "max_pixels": 1024})
+    config.train.update(FEW)
+    config.data.examples, config.eval.examples = 20, 2
+    vision.train_vision(config, str(tmp_path))
+    assert 0 <= last_metrics(tmp_path)["eval/quality_right"] <= 1
+    before, after = (models.from_pretrained(tmp_path / name) for name in ("untrained", "model"))
+    token_embedding = [np.asarray(model.language_model.embed_tokens.embedding[...]) for model in (before, after)]
+    np.testing.assert_array_equal(*token_embedding)
+    patch = [np.asarray(model.visual.patch_embed.kernel[...]) for model in (before, after)]
+    assert (patch[0] != patch[1]).any()
+    assert Critic.from_pretrained(tmp_path / "model", dtype="float32").rubrics
+
+
+def test_a_warm_up_longer_than_the_training_is_an_error(tmp_path, one_device):
+    config = load_config("configs/shapes.py:autoencoder")
+    config.train.update(FEW | {"warmup_steps": 4})
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps is 4, .* 4 steps"):
+        pretrain.train_autoencoder(config, str(tmp_path))
