@@ -16,12 +16,7 @@ from firm_jax.data.records import (
     MalformedRecord,
     check_budget,
     check_text,
-    collect,
-    decode_text,
-    iterate_json_list,
-    parse_json,
-    read_document,
-    read_lines,
+    collect_json,
     write_quarantine,
 )
 from firm_jax.errors import DataError
@@ -52,11 +47,10 @@ class ConversationFile:
 
     def __init__(self, path, *, max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION, quarantine_file=None):
         self.path = Path(path)
-        readers = {".jsonl": _read_lines, ".json": _read_list}
-        if self.path.suffix not in readers or not self.path.is_file():
+        if self.path.suffix not in (".json", ".jsonl") or not self.path.is_file():
             raise DataError(f"conversation file {path} is not an existing .json or .jsonl file")
         try:
-            self._records, bad = readers[self.path.suffix](os.fspath(self.path))
+            self._records, bad = collect_json(os.fspath(self.path), _parse)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
         if quarantine_file is not None:
@@ -78,17 +72,6 @@ class ConversationFile:
         except DataError as error:
             raise DataError(f"{self.path}, line {line}: {error}") from error
         return Conversation(opened, prompt, answer)
-
-
-def _read_lines(source: str):
-    return collect(source, read_lines(source), lambda raw, line: _parse(parse_json(decode_text(raw)), line))
-
-
-def _read_list(source: str):
-    try:
-        return collect(source, iterate_json_list(read_document(source)), _parse)
-    except MalformedRecord as error:
-        raise DataError(f"{source}: {error}. A file with one object a line is named .jsonl.") from error
 
 
 def _parse(fields: Any, line: int) -> tuple[int, tuple[str, ...], str, str]:

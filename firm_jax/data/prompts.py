@@ -23,10 +23,8 @@ from firm_jax.data.records import (
     check_storable,
     check_text,
     collect,
+    collect_json,
     decode_text,
-    iterate_json_list,
-    parse_json,
-    read_document,
     read_lines,
     write_quarantine,
 )
@@ -144,7 +142,7 @@ def read_prompts(source: str | os.PathLike) -> tuple[list[PromptRecord], list[Qu
         )
     if not path.is_file():
         raise DataError(f"{source} is not a regular file. Give a .txt, .json or .jsonl file.")
-    readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".json": _read_json_list}
+    readers = {".txt": _read_text, ".jsonl": _read_json, ".json": _read_json}
     if path.suffix not in readers:
         raise DataError(f"prompt file {source}: unknown ending {path.suffix!r}. Supported are {', '.join(readers)}.")
     try:
@@ -160,24 +158,8 @@ def _read_text(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]
     return collect(source, read_lines(source), parse)
 
 
-def _read_json_lines(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
-    def parse(raw: bytes | None, line: int) -> PromptRecord:
-        return parse_prompt(parse_json(decode_text(raw)), source, line)
-
-    return collect(source, read_lines(source), parse)
-
-
-def _read_json_list(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
-    def parse(element: Any, line: int) -> PromptRecord:
-        return parse_prompt(element, source, line)
-
-    try:
-        return collect(source, iterate_json_list(read_document(source)), parse)
-    except MalformedRecord as error:
-        raise DataError(
-            f"prompt file {source}: {error}. Make it one JSON list of objects; "
-            "a file with one object a line is named .jsonl."
-        ) from error
+def _read_json(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
+    return collect_json(source, lambda fields, line: parse_prompt(fields, source, line))
 
 
 def parse_prompt(fields: Any, source_file: str, line: int, text_keys: Sequence[str] = TEXT_KEYS) -> PromptRecord:

@@ -176,6 +176,18 @@ def collect(
     return records, quarantined
 
 
+def collect_json(source: str, parse: Callable[[Any, int], Record]) -> tuple[list[Record], list[QuarantinedRecord]]:
+    """`collect` over the elements of a .json file (one list) or a .jsonl file (one object a line)."""
+    if source.endswith(".jsonl"):
+        return collect(source, read_lines(source), lambda raw, line: parse(parse_json(decode_text(raw)), line))
+    try:
+        return collect(source, iterate_json_list(read_document(source)), parse)
+    except MalformedRecord as error:
+        raise DataError(
+            f"{source}: {error}. Make it one JSON list of objects; a file with one object a line is named .jsonl."
+        ) from error
+
+
 def check_budget(file: str, usable: int, quarantined: list[QuarantinedRecord], max_bad_fraction: float) -> None:
     """DataError when more than `max_bad_fraction` of a file's records are quarantined, or none is usable."""
     if not 0.0 <= max_bad_fraction < 1.0:
