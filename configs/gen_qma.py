@@ -126,7 +126,7 @@ def tiny() -> ConfigDict:
             "micro_batch": 36,
             "timesteps": 3,
             "learning_rate": 2e-3,
-            "remat": "none",
+            "remat": "full",
         }
     )
     config.eval.update(

@@ -60,9 +60,9 @@ def autoencoder_kl() -> ConfigDict:
 def generator() -> ConfigDict:
     """An SD3 pipeline with dual attention, trained on captions of which a part is wrong (see `train.wrong`)."""
     config = _job("flow_matching")
-    config.train.update({"epochs": 24, "steps_per_epoch": 500, "batch_size": 32, "learning_rate": 2e-3})
-    config.train.update({"ema": 0.998, "pictures": 16_384})
-    config.train.wrong = 0.35
+    config.train.update({"epochs": 40, "steps_per_epoch": 500, "batch_size": 64, "learning_rate": 2e-3})
+    config.train.update({"ema": 0.999, "pictures": 49_152})
+    config.train.wrong = 0.3
     config.train.unconditional = 0.1
     config.train.readout = 0.1
     config.eval.update({"every": 4, "prompts": 256, "steps": 10})
@@ -79,8 +79,8 @@ def generator() -> ConfigDict:
         "heads": 4,
     }
     config.transformer = {
-        "num_layers": 5,
-        "num_attention_heads": 4,
+        "num_layers": 4,
+        "num_attention_heads": 3,
         "attention_head_dim": 32,
         "patch_size": 2,
         "pos_embed_max_size": 16,
