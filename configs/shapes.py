@@ -48,8 +48,8 @@ def autoencoder() -> ConfigDict:
 def autoencoder_kl() -> ConfigDict:
     """The autoencoder's second stage, from the folder of the first (`--config.init`), with fifty times the KL.
 
-    The latents' own noise grows to half of their deviation, and the decoder learns to forgive as much: a generator
-    over them learns in half the steps.
+    The latents' own noise grows to half of their deviation, and the decoder learns to forgive as much, so that a
+    generator over them has less to get right.
     """
     config = autoencoder()
     config.train.update({"epochs": 3, "learning_rate": 1e-3})
