@@ -133,7 +133,8 @@ def tiny() -> ConfigDict:
         {
             **size,
             "every": 20,
-            "prompts": 768,
+            "prompts": 576,
+            "images_per_prompt": 2,
             "judged": 144,
             "oracle": True,
             "steps": 10,

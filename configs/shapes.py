@@ -53,19 +53,20 @@ def autoencoder_kl() -> ConfigDict:
     """
     config = autoencoder()
     config.train.update({"epochs": 3, "learning_rate": 1e-3})
-    config.kl_weight = 5e-3
+    config.kl_weight, config.init = 5e-3, ""
     return config
 
 
 def generator() -> ConfigDict:
-    """An SD3 pipeline with dual attention, trained on captions of which a part is wrong (see `train.wrong`)."""
+    """An SD3 pipeline with dual attention, trained at last on captions of which a part is wrong (`train.wrong`)."""
     config = _job("flow_matching")
-    config.train.update({"epochs": 40, "steps_per_epoch": 500, "batch_size": 64, "learning_rate": 2e-3})
-    config.train.update({"ema": 0.999, "pictures": 49_152})
-    config.train.wrong = 0.3
+    config.train.update({"epochs": 18, "steps_per_epoch": 500, "batch_size": 64, "learning_rate": 2e-3})
+    config.train.update({"ema": 0.999, "pictures": 24_576})
+    config.train.update({"wrong": 0.4, "wrong_epochs": 6})
     config.train.unconditional = 0.1
-    config.train.readout = 0.1
-    config.eval.update({"every": 4, "prompts": 256, "steps": 10})
+    config.train.caption_readout = 0.1
+    config.train.picture_readout = 0.3
+    config.eval.update({"every": 2, "prompts": 256, "steps": 10})
     config.samples = 2048
     config.vae = "embedded:sd3/vae"  # or the folder that the autoencoder job left
     config.shift = 2.0
@@ -94,14 +95,14 @@ def critic_gen() -> ConfigDict:
     """A Qwen3-VL critic of generated pictures, trained on the oracle's answers from random weights."""
     config = _job("critic_sft")
     del config.train.ema, config.train.warmup_steps
-    config.train.update({"epochs": 24, "steps_per_epoch": 100, "batch_size": 32, "learning_rate": 1.5e-3})
+    config.train.update({"epochs": 60, "steps_per_epoch": 100, "batch_size": 16, "learning_rate": 1e-3})
     config.train.update({"warmup_ratio": 0.05, "b1": 0.9, "b2": 0.98, "weight_decay": 0.01})
     config.train.lengths = (96, 144, 192)  # of quality, and of most and of all alignment examples, in tokens
-    config.train.update({"compute_dtype": "float32", "stored_dtype": "float16", "remat": "none"})
+    config.train.update({"compute_dtype": "float32", "stored_dtype": "float16", "remat": "full"})
     config.critic = {"model": config_dict.placeholder(str), "rubrics": config_dict.placeholder(str)}
     config.data = {"source": "shapes", "held_out": config_dict.placeholder(str), "examples": 40_000}
     config.data.update({"samples": config_dict.placeholder(str), "samples_share": 0.3})
-    config.eval.update({"every": 4, "examples": 256, "batch_size": 128, "max_new_tokens": 128})
+    config.eval.update({"every": 6, "examples": 256, "batch_size": 128, "max_new_tokens": 128})
     config.miniature = {
         "vocab_size": 800,
         "texts": 600,
@@ -143,7 +144,7 @@ def critic_vision() -> ConfigDict:
     """The critics' vision tower, before `critic_gen` (`--config.critic.model`: the folder that this job leaves)."""
     config = critic_gen()
     config.job = "critic_vision"
-    train = {"epochs": 4, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.99}
+    train = {"epochs": 6, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.99}
     config.train = ConfigDict(_job("").train)
     config.train.update(train)
     config.eval.update({"every": 1, "examples": 512})

@@ -70,13 +70,16 @@ def test_the_autoencoder_job_starts_from_a_folder(autoencoder, tmp_path, one_dev
     config = load_config("configs/shapes.py:autoencoder_kl")
     config.train.update(FEW | {"epochs": 1, "steps_per_epoch": 1, "learning_rate": 0.0, "weight_decay": 0.0})
     config.train.warmup_steps, config.eval.images, config.init = 0, 8, str(autoencoder / "model")
-    pretrain.train_autoencoder(config, str(tmp_path))
-    assert weights(tmp_path / "model") == weights(autoencoder / "model")
+    pretrain.train_autoencoder(config, str(tmp_path / "second"))
+    assert weights(tmp_path / "second" / "model") == weights(autoencoder / "model")
+    config.init = load_config("configs/shapes.py:autoencoder_kl").init
+    with pytest.raises(ConfigError, match=r"set --config\.init to a folder"):
+        pretrain.train_autoencoder(config, str(tmp_path / "other"))
 
 
 def test_the_generator_job_continues_and_leaves_a_pipeline(autoencoder, tmp_path, one_device):
     config = load_config("configs/shapes.py:generator")
-    config.train.update(FEW | {"pictures": 4})
+    config.train.update(FEW | {"pictures": 4, "wrong_epochs": 1})
     config.eval.update({"every": 2, "prompts": 2, "steps": 1})
     config.samples = 8
     config.vae = str(autoencoder / "model")
@@ -86,7 +89,8 @@ def test_the_generator_job_continues_and_leaves_a_pipeline(autoencoder, tmp_path
     pretrain.train_flow_matching(config, str(tmp_path / "straight"))
     stop_and_continue(pretrain.train_flow_matching, config, tmp_path / "stopped")
     assert weights(tmp_path / "straight" / "model") == weights(tmp_path / "stopped" / "model")
-    assert set(last_metrics(tmp_path / "straight")) >= {"eval/oracle_fraction", "eval/oracle_accuracy"}
+    metrics = last_metrics(tmp_path / "straight")
+    assert set(metrics) >= {"eval/oracle_fraction", "eval/oracle_accuracy", "loss/caption", "loss/picture"}
     samples = ShapesConversations(9, RUBRICS, seed=0, stream=0, samples=tmp_path / "stopped" / "samples.npz", share=1.0)
     assert {example.criterion for example in samples} == {"alignment_samples", "quality_samples"}
     assert samples.images.shape == (8, 64, 64, 3) and samples[0].images[0].shape == (64, 64, 3)
@@ -94,6 +98,13 @@ def test_the_generator_job_continues_and_leaves_a_pipeline(autoencoder, tmp_path
     images = generator.sample(["a red square"], steps=1, guidance=2.0, height=64, width=64, max_text_tokens=17)
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
     assert generator.scheduler["shift"] == config.shift
+
+
+def test_a_quarters_labels_belong_to_the_tokens_of_that_quarter():
+    quarters = np.arange(8).reshape(1, 4, 2)
+    grid = np.asarray(pretrain._of_tokens(quarters, 16)).reshape(4, 4, 2)
+    assert (grid[:2, :2] == [0, 1]).all() and (grid[:2, 2:] == [2, 3]).all()
+    assert (grid[2:, :2] == [4, 5]).all() and (grid[2:, 2:] == [6, 7]).all()
 
 
 def test_the_vision_job_leaves_a_critic_with_only_its_tower_trained(tmp_path, one_device):

@@ -65,3 +65,19 @@ def test_a_fresh_transformer_predicts_zero():
 
     assert velocity().shape == (2, 4, 8, 4)
     assert not velocity().any()
+
+
+def test_the_tokens_before_the_last_block_depend_on_every_block_but_that():
+    model = SD3Transformer(SD3Config.from_hf(TINY), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    inputs = jnp.ones((2, 4, 8, 4)), jnp.ones(2), jnp.ones((2, 5, 12)), jnp.ones((2, 10))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        v, tokens = nnx.merge(graphdef, params)(*inputs, with_tokens=True)
+        assert v.shape == (2, 4, 8, 4) and tokens.shape == (2, 8, 16)
+        return jnp.square(tokens).sum()
+
+    reached = {name: any(leaf.any() for leaf in jax.tree.leaves(grads)) for name, grads in gradient(params).items()}
+    assert reached["blocks"] and reached["pos_embed"] and not reached["last_block"] and not reached["proj_out"]

@@ -136,8 +136,9 @@ def test_degradations_grow_with_severity(name):
 
 
 def test_batches_are_a_function_of_the_generator():
-    prompts, images = generator_batch(np.random.default_rng(5), 6)
-    again, same = generator_batch(np.random.default_rng(5), 6)
+    prompts, scenes, images = generator_batch(np.random.default_rng(5), 6)
+    again, _, same = generator_batch(np.random.default_rng(5), 6)
     assert prompts == again and (images == same).all()
+    assert (images == np.stack([render(scene) for scene in scenes])).all()
     assert images.shape == (6, 64, 64, 3) and images.dtype == np.float32
     assert autoencoder_batch(np.random.default_rng(5), 3).shape == (3, 64, 64, 3)

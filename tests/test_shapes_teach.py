@@ -10,10 +10,12 @@ from firm_jax.shapes.render import render
 from firm_jax.shapes.scene import COLORS, KINDS, SIZES, Include, Prompt, Scene, Selector, Shape
 from firm_jax.shapes.teach import (
     CAPTION_CLASSES,
+    PICTURE_CLASSES,
     RUBRICS,
     alignment_answer,
     caption_classes,
     critic_example,
+    picture_classes,
     quality_answer,
     vision_batch,
 )
@@ -24,6 +26,8 @@ TWO = Prompt(
     "medium",
     (Include(Selector("circle", "red")), Include(Selector("square", "blue"))),
 )
+SMALL_CIRCLE, SMALL_CROSS = (Include(Selector(kind, size="small")) for kind in ("circle", "cross"))
+SQUARE_RIGHT = Include(Selector("square", "green"), position=("right of", 0))
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +43,48 @@ def test_an_alignment_answer_says_what_is_seen_and_what_follows():
     )
     assert alignment_answer(render(scene), TWO).splitlines() == [
         "top left large red circle, top right nothing, bottom left nothing, bottom right small green square on black",
-        "1. one circle: yes",
-        "2. one red circle: yes",
-        "3. one square: yes",
-        "4. one blue square: no",
-        "5. two shapes in all: yes",
+        "one circle: one, yes",
+        "one red circle: one, yes",
+        "one square: one, yes",
+        "one blue square: zero, no",
+        "two shapes in all: two, yes",
+        "four of five hold",
         "**Final Alignment Rating: 4**",
         "\\boxed{4}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        (Prompt("", "single_object", "easy", (SMALL_CIRCLE,)), "circle is small: large, no"),
+        (Prompt("", "single_object", "easy", (SMALL_CROSS,)), "cross is small: none, no"),
+        (Prompt("", "counting", "medium", (Include(Selector("square", "red"), 2),)), "all shapes are red: green, no"),
+        (Prompt("", "colors", "easy", (Include(Selector("circle", "red")),), "gray"), "background is gray: black, no"),
+        (
+            Prompt("", "position", "hard", (Include(Selector("circle", "red")), SQUARE_RIGHT)),
+            "green square right of red circle: bottom right and top left, yes",
+        ),
+    ],
+)
+def test_every_kind_of_requirement_names_what_was_found(prompt, line):
+    scene = Scene(
+        "black",
+        (Shape("square", "green", "small", 0.75, 0.75), Shape("circle", "red", "large", 0.25, 0.25)),
+    )
+    assert line in alignment_answer(render(scene), prompt).splitlines()
+
+
+def test_pieces_that_are_no_shapes_are_named_beside_the_count():
+    image = np.zeros((64, 64, 3), np.float32)
+    image[4:8, 4:60] = (0.85, 0.05, 0.10)
+    assert "two shapes in all: zero and blobs, no" in alignment_answer(image, TWO).splitlines()
+
+
+def test_a_pictures_classes_are_those_of_its_quarters():
+    shapes = (Shape("square", "green", "small", 0.75, 0.3), Shape("cross", "red", "large", 0.2, 0.8))
+    assert picture_classes(Scene("gray", shapes)).tolist() == [[0, 0, 0, 2], [2, 2, 1, 2], [4, 1, 2, 2], [0, 0, 0, 2]]
+    assert len(PICTURE_CLASSES) == 4
 
 
 def test_a_quality_answer_is_json_with_the_score_first():
@@ -68,7 +106,7 @@ def test_answers_are_read_by_the_critics_own_parser(examples):
 def test_scores_and_tasks_are_about_balanced(examples):
     alignment = [int(answer[-2]) for _, task, _, answer in examples if task == "alignment"]
     quality = [min(json.loads(answer)["score"]) for _, task, _, answer in examples if task == "quality"]
-    assert 90 < len(alignment) < 160
+    assert 150 < len(alignment) < 200
     for scores in (alignment, quality):
         shares = [collections.Counter(scores)[score] / len(scores) for score in range(1, 6)]
         assert min(shares) > 0.08 and max(shares) < 0.36

@@ -6,7 +6,8 @@ uninterrupted one would have seen, and no data state has to be kept.
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import optax
 from flax import nnx
 
 from firm_jax import models
+from firm_jax.errors import ConfigError
 from firm_jax.fit import fit
 from firm_jax.generation.schedules import noised
 from firm_jax.generation.sd3 import SD3Generator, read_scheduler
@@ -98,6 +100,8 @@ def train_autoencoder(config, workdir: str) -> None:
 
 def _first_autoencoder(config) -> AutoencoderKL:
     """The autoencoder that training starts from: the one in the folder `init`, or a new one when that is None."""
+    if config.init == "":
+        raise ConfigError("this variant continues a trained autoencoder: set --config.init to a folder with one")
     if config.init:
         return models.from_pretrained(resolve(config.init))
     vae_config = AutoencoderKLConfig(**config.vae, scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
@@ -114,14 +118,16 @@ def _same_reading(image: np.ndarray, decoded: np.ndarray) -> bool:
     return content(before) == content(after)
 
 
-class CaptionReadout(nnx.Module):
-    """Linear read-outs of what a caption says: features [B, D] -> logits for each of teach.CAPTION_CLASSES."""
+class Readout(nnx.Module):
+    """Linear read-outs of several labels: features [..., D], labels [..., N] -> the mean of N cross-entropies."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.heads = nnx.List([Linear(width, classes, rngs=rngs) for classes in teach.CAPTION_CLASSES])
+    def __init__(self, width: int, classes: Sequence[int], *, rngs: nnx.Rngs):
+        self.heads = nnx.List([Linear(width, count, rngs=rngs) for count in classes])
 
-    def __call__(self, features):
-        return [head(features) for head in self.heads]
+    def __call__(self, features, labels):
+        entropy = optax.softmax_cross_entropy_with_integer_labels
+        entropies = [entropy(head(features), labels[..., i]).mean() for i, head in enumerate(self.heads)]
+        return sum(entropies) / len(entropies)
 
 
 def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
@@ -130,9 +136,11 @@ def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
     t is distributed as the sampler's sigmas: uniform, moved by the schedule's shift. A share `train.unconditional` of
     the captions arrives empty, for classifier-free guidance.
 
-    The text encoders of a real pipeline can read before a picture is drawn; these learn along. So that they do so
-    sooner than the pictures alone would teach them, a cross-entropy weighed by `train.readout` asks the pooled vector
-    and the means of CLIP's and of T5's tokens what the caption says. Those read-outs are thrown away afterwards.
+    Two cross-entropies of linear read-outs, thrown away afterwards, teach sooner what velocities teach late. The text
+    encoders of a real pipeline can read before a picture is drawn, and these learn along: their pooled vector, and the
+    means of CLIP's and of T5's tokens, are asked what the caption says (`train.caption_readout`). And the image tokens
+    are asked what the finished picture shows in their quarter (`train.picture_readout`), a cousin of the alignment of
+    representations (REPA, arXiv 2410.06940): at high noise that answer is in the caption, and must be looked up there.
     """
 
     def loss(params, batch, key):
@@ -142,29 +150,37 @@ def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
         t = config.shift * t / (1 + (config.shift - 1) * t)
         noise = jax.random.normal(noise_key, x0.shape)
         conditioning = generator.text_encoders.encode(params["text"], batch["ids"], config.text.t5_length)
-        v = generator.velocity(params["transformer"], None, noised(x0, noise, t), t, conditioning, remat="full")
+        transformer = nnx.merge(generator.graphdef, params["transformer"])
+        v, tokens = transformer(
+            noised(x0, noise, t), t * generator.timesteps, conditioning.context, conditioning.pooled,
+            remat="full", with_tokens=True,
+        )  # fmt: skip
         flow = jnp.square(v - (noise - x0)).mean()
         clip, t5 = jnp.split(conditioning.context, [config.text.clip_length], axis=1)
-        entropies = [
-            optax.softmax_cross_entropy_with_integer_labels(logits, batch["said"][:, index]).mean()
-            for graphdef, state, features in zip(
-                readouts, params["readouts"], (conditioning.pooled, clip.mean(1), t5.mean(1)), strict=True
-            )
-            for index, logits in enumerate(nnx.merge(graphdef, state)(features))
-        ]
-        readout = sum(entropies) / len(entropies)
-        total = flow + config.train.readout * readout
-        return total, {"loss/total": total, "loss/flow": flow, "loss/readout": readout}
+        *ask_texts, ask_picture = (nnx.merge(*parts) for parts in zip(readouts, params["readouts"], strict=True))
+        texts = (conditioning.pooled, clip.mean(1), t5.mean(1))
+        caption = sum(ask(text, batch["said"]) for ask, text in zip(ask_texts, texts, strict=True)) / len(texts)
+        picture = ask_picture(tokens, _of_tokens(batch["shown"], tokens.shape[1]))
+        total = flow + config.train.caption_readout * caption + config.train.picture_readout * picture
+        return total, {"loss/total": total, "loss/flow": flow, "loss/caption": caption, "loss/picture": picture}
 
     return loss
+
+
+def _of_tokens(quarters: jax.Array, count: int) -> jax.Array:
+    """Labels [B, 4, N] of a square picture's quarters -> those of its `count` tokens, row by row [B, count, N]."""
+    half = math.isqrt(count) // 2
+    grid = quarters.reshape(-1, 2, 2, quarters.shape[-1])
+    return grid.repeat(half, 1).repeat(half, 2).reshape(-1, count, quarters.shape[-1])
 
 
 def train_flow_matching(config, workdir: str) -> None:
     """Train an SD3 pipeline on the shapes world; leaves it as a diffusers folder in `workdir/model`.
 
     Beside it lies `samples.npz`, pictures of `samples` training prompts, for its critic to learn from.
-    The pictures follow their captions only in part (`train.wrong`), so the generator learns to draw every concept
-    and not to obey: what reinforcement learning is for.
+    Most of the training is on pictures that show what their captions say, which is quickly learned. In the pictures of
+    the last `train.wrong_epochs` each attribute is wrong with probability `train.wrong`: the generator goes on drawing
+    every concept well, and no longer obeys; to make it obey is what reinforcement learning is for.
     """
     mesh, folder = make_mesh(**config.mesh), Path(workdir) / "model"
     vae = models.from_pretrained(resolve(config.vae), mesh=mesh)
@@ -174,20 +190,26 @@ def train_flow_matching(config, workdir: str) -> None:
         generator = _new_generator(folder, vae, config, mesh)
         widths = (sum(config.text.clip_widths), config.text.t5_width, config.text.t5_width)
         rngs = nnx.Rngs(config.seed)
-        readouts, readout_params = zip(*(nnx.split(CaptionReadout(w, rngs=rngs)) for w in widths), strict=True)
+        asked = [Readout(width, teach.CAPTION_CLASSES, rngs=rngs) for width in widths]
+        asked.append(Readout(generator.config.width, teach.PICTURE_CLASSES, rngs=rngs))
+        readouts, readout_params = zip(*map(nnx.split, asked), strict=True)
         params = {"transformer": generator.params, "text": generator.text_encoders.params}
         params = replicate(params | {"readouts": list(readout_params)}, mesh)
 
-        pictures = _encoded_pictures(generator, config, run.progress)
+        train = config.train
+        right = _encoded_pictures(generator, config, 0.0, run.progress)
+        wrong = _encoded_pictures(generator, config, train.wrong, run.progress)
+        first_wrong = (train.epochs - train.wrong_epochs) * train.steps_per_epoch
         empty = generator.text_encoders.tokenize([""], config.text.t5_length)
 
         def batch_at(step):
             rng = np.random.default_rng([config.seed, 1, step])
-            rows = rng.integers(config.train.pictures, size=config.train.batch_size)
-            dropped = rng.random((len(rows), 1)) < config.train.unconditional
+            pictures = right if step < first_wrong else wrong
+            rows = rng.integers(train.pictures, size=train.batch_size)
+            dropped = rng.random((len(rows), 1)) < train.unconditional
             ids = {name: np.where(dropped, empty[name], all_ids[rows]) for name, all_ids in pictures["ids"].items()}
             said = np.where(dropped, 0, pictures["said"][rows])
-            return {"latents": pictures["latents"][rows], "ids": ids, "said": said}
+            return {"latents": pictures["latents"][rows], "ids": ids, "said": said, "shown": pictures["shown"][rows]}
 
         def draw(prompts):
             return generator.sample(
@@ -226,8 +248,8 @@ def _write_samples(file: Path, images: np.ndarray, prompts: list[Prompt]) -> Non
     np.savez_compressed(file, images=np.round(images * 255).astype(np.uint8), prompts=np.array(texts))
 
 
-def _encoded_pictures(generator: SD3Generator, config, progress: Callable) -> dict:
-    """`train.pictures` captioned pictures as latents, token ids and what the captions say.
+def _encoded_pictures(generator: SD3Generator, config, wrong: float, progress: Callable) -> dict:
+    """`train.pictures` captioned pictures as latents, token ids, what the captions say and what the pictures show.
 
     The autoencoder does not change, and would take more of every step than the transformer.
     """
@@ -237,16 +259,18 @@ def _encoded_pictures(generator: SD3Generator, config, progress: Callable) -> di
         mean, _ = nnx.merge(generator.vae_graphdef, vae_params).encode(images * 2 - 1)
         return (mean - generator.vae_config.shift_factor) * generator.vae_config.scaling_factor
 
-    latents, ids, said = [], [], []
-    for start in progress(range(0, config.train.pictures, 256), "encoding the pictures"):
+    latents, ids, said, shown = [], [], [], []
+    for start in progress(range(0, config.train.pictures, 256), f"encoding pictures ({wrong:.0%} wrong)"):
         rng = np.random.default_rng([config.seed, 0, start])
-        prompts, images = teach.generator_batch(rng, min(256, config.train.pictures - start), config.train.wrong)
+        prompts, scenes, images = teach.generator_batch(rng, min(256, config.train.pictures - start), wrong)
         latents.append(to_host(encode(generator.vae_params, shard_batch(images, generator.mesh))))
         ids.append(generator.text_encoders.tokenize([prompt.text for prompt in prompts], config.text.t5_length))
         said += [teach.caption_classes(prompt) for prompt in prompts]
+        shown += [teach.picture_classes(scene) for scene in scenes]
     return {
         "latents": np.concatenate(latents),
         "said": np.stack(said),
+        "shown": np.stack(shown),
         "ids": {name: np.concatenate([part[name] for part in ids]) for name in ids[0]},
     }
 

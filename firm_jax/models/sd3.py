@@ -155,13 +155,14 @@ class SD3Transformer(nnx.Module):
         lora: dict | None = None,
         remat: str = "none",
         attention_implementation: str | None = None,
-    ) -> Float[Array, "B h w C"]:
+        with_tokens: bool = False,
+    ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B S D"]]:
         """The velocity at noisy latents x, in the dtype of the weights.
 
         timestep: 0 (image) to 1000 (noise), any float. context: text tokens; pooled: one vector a prompt. lora: a
         tree of adapters over `blocks`, `dual_blocks` and `last_block`, scale folded in (models/lora.py). remat:
-        one of layers.REMAT_POLICIES. Raises ConfigError when h or w is not a multiple of the patch size or exceeds
-        the table of positions.
+        one of layers.REMAT_POLICIES. with_tokens: also give the image tokens as they enter the last block. Raises
+        ConfigError when h or w is not a multiple of the patch size or exceeds the table of positions.
         """
         config = self.config
         B, h, w, _ = x.shape
@@ -179,6 +180,7 @@ class SD3Transformer(nnx.Module):
             if blocks is not None:
                 with jax.named_scope(name):
                     (x, text), _ = scan_layers(blocks, body, (x, text), child(lora, name), remat=remat)
+        tokens = x
         with jax.named_scope("last_block"):
             lora = child(lora, "last_block")
             x, _ = self.last_block(x, text, emb, lora=lora, implementation=attention_implementation)
@@ -186,7 +188,8 @@ class SD3Transformer(nnx.Module):
         x = self.proj_out(modulate(self.norm(x), shift, scale))
         p = config.patch_size
         x = reshape(x, B, h // p, w // p, p, p, config.velocity_channels)
-        return reshape(x.transpose(0, 1, 3, 2, 4, 5), B, h, w, config.velocity_channels)
+        v = reshape(x.transpose(0, 1, 3, 2, 4, 5), B, h, w, config.velocity_channels)
+        return (v, tokens) if with_tokens else v
 
 
 def _blocks(config: SD3Config, count: int, rngs: nnx.Rngs, *, dual: bool) -> "Block | None":

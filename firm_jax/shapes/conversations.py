@@ -46,7 +46,7 @@ class ShapesConversations:
             border = len(self.images) * 7 // 8
             number = int(rng.integers(border, len(self.images)) if self.stream else rng.integers(border))
             image, prompt = self.images[number].astype(np.float32) / 255, self.prompts[number]
-            if rng.random() < 0.5:
+            if rng.random() < teach.ALIGNMENT_SHARE:
                 rubric, text, answer = "alignment", prompt.text, teach.alignment_answer(image, prompt)
             else:
                 rubric, text, answer = "quality", "", teach.quality_answer(image)

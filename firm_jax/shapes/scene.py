@@ -272,7 +272,8 @@ def sample_prompt(rng: np.random.Generator, difficulty: str) -> Prompt:
         size = _choice(rng, SIZES) if rng.random() < 0.6 else None
         include = (Include(Selector(_choice(rng, KINDS), size=size)),)
     elif tag == "colors":
-        include = (Include(Selector(_choice(rng, KINDS), _choice(rng, COLORS))),)
+        size = _choice(rng, SIZES) if rng.random() < 0.4 else None
+        include = (Include(Selector(_choice(rng, KINDS), _choice(rng, COLORS), size)),)
     elif tag == "counting":
         selector = Selector(_choice(rng, KINDS), _choice(rng, COLORS))
         include = (Include(selector, int(rng.integers(2, MAX_SHAPES + 1))),)

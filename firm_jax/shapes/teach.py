@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from firm_jax.errors import DataError
 from firm_jax.shapes import oracle
 from firm_jax.shapes.oracle import Reading
 from firm_jax.shapes.render import degrade, render
@@ -18,17 +19,21 @@ from firm_jax.shapes.scene import (
     SIZES,
     TAGS,
     Prompt,
+    Requirement,
     Scene,
     Selector,
     corrupt_prompt,
+    in_relation,
     sample_prompt,
     sample_scene,
 )
 
 RUBRICS = Path(__file__).parent / "rubrics"
 
+ALIGNMENT_SHARE = 0.7  # of the critic's examples: quality has shorter answers, with less to work out
 _PAIR_TRIES, _QUALITY_TRIES = 40, 12  # draws in search of an example with the wanted score
 _SEVERITY = {5: (0.0, 0.2), 4: (0.1, 0.5), 3: (0.25, 0.7), 2: (0.4, 0.9), 1: (0.5, 1.0)}  # by wanted quality
+_COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
 _REMARKS = (
     (
         "poor colours or stray pieces",
@@ -48,15 +53,17 @@ _REMARKS = (
 )
 
 
-def generator_batch(rng: np.random.Generator, count: int, wrong: float = 0.35) -> tuple[list[Prompt], np.ndarray]:
-    """Prompts and images float32 [count, 64, 64, 3] in [0, 1], for the base generator.
+def generator_batch(
+    rng: np.random.Generator, count: int, wrong: float = 0.35
+) -> tuple[list[Prompt], list[Scene], np.ndarray]:
+    """Prompts, scenes, and their images float32 [count, 64, 64, 3] in [0, 1], for the base generator.
 
-    Each attribute of a picture is drawn anew with probability `wrong`, whatever its prompt says: a generator
+    Each attribute of a scene is drawn anew with probability `wrong`, whatever its prompt says: a generator
     trained on such pairs draws every concept crisply, and follows the prompt about half the time.
     """
     prompts = [_any_prompt(rng) for _ in range(count)]
-    images = [render(sample_scene(rng, corrupt_prompt(rng, prompt, wrong))) for prompt in prompts]
-    return prompts, np.stack(images)
+    scenes = [sample_scene(rng, corrupt_prompt(rng, prompt, wrong)) for prompt in prompts]
+    return prompts, scenes, np.stack([render(scene) for scene in scenes])
 
 
 # Of a caption: kind, colour, size, count and relation of the first and the second thing it names, and the background.
@@ -95,8 +102,25 @@ def _any_prompt(rng: np.random.Generator) -> Prompt:
     return sample_prompt(rng, difficulties[int(rng.integers(len(difficulties)))])
 
 
-# Of what a quarter of a picture holds: kind, colour, size, class 0 being "no shape"; and which quarter it is.
-QUARTER_CLASSES = (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES), 4)
+SHAPE_CLASSES = (1 + len(KINDS), 1 + len(COLORS), 1 + len(SIZES))  # of a quarter: class 0 is "no shape"
+# Of what a quarter of a picture shows: its shape, and the background.
+PICTURE_CLASSES = (*SHAPE_CLASSES, len(BACKGROUNDS))
+
+
+def picture_classes(scene: Scene) -> np.ndarray:
+    """What the quarters of a picture show in reading order, int32 [4, 4], as PICTURE_CLASSES counts it."""
+    return np.concatenate([_shape_classes(scene), np.full((4, 1), _place(BACKGROUNDS, scene.background) - 1)], axis=1)
+
+
+def _shape_classes(scene: Scene) -> np.ndarray:
+    classes = np.zeros((4, len(SHAPE_CLASSES)), np.int32)
+    for shape in scene.shapes:
+        quarter = 2 * (shape.y > 0.5) + (shape.x > 0.5)
+        classes[quarter] = _place(KINDS, shape.kind), _place(COLORS, shape.color), _place(SIZES, shape.size)
+    return classes
+
+
+QUARTER_CLASSES = (*SHAPE_CLASSES, 4)  # of a quarter: its shape, and which quarter it is
 QUALITY_CLASSES = (5, 5, 5)  # of a whole picture: aesthetics, technical, structure, class 0 being the score 1
 
 
@@ -112,21 +136,21 @@ def vision_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.n
         scene = sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5))
         image = render(scene)
         images.append(degrade(rng, image) if rng.random() < 0.35 else _aged(rng, image))
-        for shape in scene.shapes:
-            classes = (_place(KINDS, shape.kind), _place(COLORS, shape.color), _place(SIZES, shape.size))
-            labels[row, 2 * (shape.y > 0.5) + (shape.x > 0.5), :3] = classes
+        labels[row, :, :3] = _shape_classes(scene)
     quality = np.array([oracle.quality_scores(image) for image in images], np.int32) - 1
     return np.stack(images), labels, quality
 
 
 def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
-    """What each quarter of the picture shows, a verdict on each numbered requirement, the rating, the boxed rating."""
+    """What each quarter of the picture shows; each requirement with what was found of it and a verdict; how many hold;
+    the rating, plain and boxed. Every step follows from what is written just before it."""
     reading = oracle.inspect(image)
     verdicts = oracle.check_reading(reading, prompt)
     score = oracle.share_to_score(float(np.mean(verdicts)))
     lines = [_describe(reading)]
-    for number, (requirement, holds) in enumerate(zip(prompt.requirements, verdicts, strict=True), start=1):
-        lines.append(f"{number}. {requirement.text}: {'yes' if holds else 'no'}")
+    for requirement, holds in zip(prompt.requirements, verdicts, strict=True):
+        lines.append(f"{requirement.text}: {_evidence(requirement, reading)}, {'yes' if holds else 'no'}")
+    lines.append(f"{_COUNTS[sum(verdicts)]} of {_COUNTS[len(verdicts)]} hold")
     return "\n".join([*lines, f"**Final Alignment Rating: {score}**", f"\\boxed{{{score}}}"])
 
 
@@ -134,11 +158,36 @@ def _describe(reading: Reading) -> str:
     """Quarter by quarter in a fixed order, so that what is to be named next never has to be searched for."""
     seen = {place: [] for place in ("top left", "top right", "bottom left", "bottom right")}
     for component in reading.components:
-        place = f"{'bottom' if component.y > 0.5 else 'top'} {'right' if component.x > 0.5 else 'left'}"
         name = f"{component.size} {component.color} {component.kind}" if component.is_shape else "blob"
-        seen[place].append(name)
+        seen[_quarter(component)].append(name)
     parts = [f"{place} {' and '.join(names[:2]) or 'nothing'}" for place, names in seen.items()]
     return f"{', '.join(parts)} on {reading.background or 'unclear'}"
+
+
+def _quarter(shape) -> str:
+    return f"{'bottom' if shape.y > 0.5 else 'top'} {'right' if shape.x > 0.5 else 'left'}"
+
+
+def _evidence(requirement: Requirement, reading: Reading) -> str:
+    """What the picture shows of a requirement, in a word or two: how many shapes fit, the first value that does not
+    fit (or the one that all have), the places of the first two shapes in question, or the background."""
+    shapes = reading.scene.shapes
+    found = requirement.subject.select(shapes)
+    match requirement.check:
+        case "exactly":
+            blobs = reading.strays if requirement.subject == Selector() else 0
+            return f"{_COUNTS[min(len(found), 6)]}{' and blobs' if blobs else ''}"
+        case "every":
+            misfits = [shape for shape in found if not requirement.value.select((shape,))]
+            name = next(name for name in ("kind", "color", "size") if getattr(requirement.value, name))
+            return getattr((misfits or found)[0], name) if found else "none"
+        case "relation":
+            pairs = [(shape, other) for shape in found for other in requirement.value.select(shapes)]
+            pairs.sort(key=lambda pair: in_relation(pair[0], requirement.relation, pair[1]))
+            return " and ".join(_quarter(shape) for shape in pairs[0]) if pairs else "none"
+        case "background":
+            return reading.background or "unclear"
+    raise DataError(f"requirement {requirement.text!r}: unknown check {requirement.check!r}")
 
 
 def quality_answer(image: np.ndarray) -> str:
@@ -155,7 +204,7 @@ def critic_example(rng: np.random.Generator) -> tuple[np.ndarray, str, str, str]
     scores are about balanced. Quality is balanced on the lowest of its three scores, which is the one that counts.
     """
     wanted = int(rng.integers(1, 6))
-    if rng.random() < 0.5:
+    if rng.random() < ALIGNMENT_SHARE:
         prompt, scene = _pair_for_alignment(rng, wanted)
         image = _aged(rng, render(scene))
         return image, "alignment", prompt.text, alignment_answer(image, prompt)
