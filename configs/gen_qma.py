@@ -121,11 +121,11 @@ def tiny() -> ConfigDict:
     config.critic.update({"model": "embedded:critic_gen", "batch_size": 144, "max_new_tokens": 128})
     config.train.update(
         {
-            "epochs": 60,
-            "updates_per_epoch": 4,
+            "epochs": 70,
+            "updates_per_epoch": 5,
             "micro_batch": 36,
             "timesteps": 3,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "remat": "full",
         }
     )

@@ -62,7 +62,7 @@ def generator() -> ConfigDict:
     config = _job("flow_matching")
     config.train.update({"epochs": 18, "steps_per_epoch": 500, "batch_size": 64, "learning_rate": 2e-3})
     config.train.update({"ema": 0.999, "pictures": 24_576})
-    config.train.update({"wrong": 0.4, "wrong_epochs": 6})
+    config.train.update({"wrong": 0.15, "wrong_epochs": 6})
     config.train.unconditional = 0.1
     config.train.caption_readout = 0.1
     config.train.picture_readout = 0.3
@@ -95,8 +95,9 @@ def critic_gen() -> ConfigDict:
     """A Qwen3-VL critic of generated pictures, trained on the oracle's answers from random weights."""
     config = _job("critic_sft")
     del config.train.ema, config.train.warmup_steps
-    config.train.update({"epochs": 60, "steps_per_epoch": 100, "batch_size": 16, "learning_rate": 1e-3})
+    config.train.update({"epochs": 48, "steps_per_epoch": 100, "batch_size": 16, "learning_rate": 1e-3})
     config.train.update({"warmup_ratio": 0.05, "b1": 0.9, "b2": 0.98, "weight_decay": 0.01})
+    config.train.verdict_weight = 8.0  # or they drown in words that are easily guessed
     config.train.lengths = (96, 144, 192)  # of quality, and of most and of all alignment examples, in tokens
     config.train.update({"compute_dtype": "float32", "stored_dtype": "float16", "remat": "full"})
     config.critic = {"model": config_dict.placeholder(str), "rubrics": config_dict.placeholder(str)}

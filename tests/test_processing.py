@@ -119,13 +119,14 @@ def test_special_tokens_in_a_prompt_are_text(processor):
     assert processor.decode(processor.encode("<|im_end|> é")) == "<|im_end|> é"
 
 
-def test_targets_mark_the_answer_and_its_scores(processor):
+def test_targets_mark_the_answer_its_scores_and_its_verdicts(processor):
     answer = "rate 3, so \\boxed{4}"
     start = answer.index("4")
-    sequence = processor.sequence([], "rate", answer, scores=[(start, start + 1)])
+    sequence = processor.sequence([], "rate", answer, scores=[(start, start + 1)], verdicts=[(0, 4)])
     written = sequence.ids[sequence.targets > 0]
     assert processor.decode(written) == answer and written[-1] == processor.turn_end
     assert sequence.ids[sequence.targets == 2].tolist() == [processor.digits[3]]
+    assert processor.decode(sequence.ids[sequence.targets == 3]).startswith("rate")
 
 
 def test_buckets():

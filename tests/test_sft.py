@@ -82,6 +82,16 @@ def test_batches_hold_the_scores_tokens(file, folder):
         np.testing.assert_array_equal(batch["ids"][row][batch["targets"][row] == 2], digits[np.array(scores) - 1])
 
 
+def test_verdicts_count_as_often_as_asked(step):
+    graphdef, params, _, _, batch = step
+    marked = np.where((batch["targets"] == 1) & (batch["ids"] % 2 == 0), 3, batch["targets"])
+    verdicts, others = np.where(marked == 3, 1, 0), np.where(marked == 3, 0, marked)
+    loss = jax.jit(lambda targets: sft.sft_loss(graphdef, params, batch | {"targets": targets}, verdict_weight=3.0)[0])
+    few, many = (verdicts[:, 1:] > 0).sum(), (others[:, 1:] > 0).sum()
+    expected = (3 * few * float(loss(verdicts)) + many * float(loss(others))) / (3 * few + many)
+    assert few > 5 and float(loss(marked)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_example_that_is_too_long_is_an_error(file, folder):
     with pytest.raises(DataError, match=r"more than the last of train.lengths = \(32,\)"):
         batches(file, folder, lengths=(32,)).at(0)

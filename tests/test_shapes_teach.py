@@ -43,11 +43,11 @@ def test_an_alignment_answer_says_what_is_seen_and_what_follows():
     )
     assert alignment_answer(render(scene), TWO).splitlines() == [
         "top left large red circle, top right nothing, bottom left nothing, bottom right small green square on black",
-        "one circle: one, yes",
-        "one red circle: one, yes",
-        "one square: one, yes",
-        "one blue square: zero, no",
-        "two shapes in all: two, yes",
+        "one circle: one yes",
+        "one red circle: red yes",
+        "one square: one yes",
+        "one blue square: green no",
+        "two shapes in all: two yes",
         "four of five hold",
         "**Final Alignment Rating: 4**",
         "\\boxed{4}",
@@ -57,13 +57,14 @@ def test_an_alignment_answer_says_what_is_seen_and_what_follows():
 @pytest.mark.parametrize(
     ("prompt", "line"),
     [
-        (Prompt("", "single_object", "easy", (SMALL_CIRCLE,)), "circle is small: large, no"),
-        (Prompt("", "single_object", "easy", (SMALL_CROSS,)), "cross is small: none, no"),
-        (Prompt("", "counting", "medium", (Include(Selector("square", "red"), 2),)), "all shapes are red: green, no"),
-        (Prompt("", "colors", "easy", (Include(Selector("circle", "red")),), "gray"), "background is gray: black, no"),
+        (Prompt("", "single_object", "easy", (SMALL_CIRCLE,)), "circle is small: large no"),
+        (Prompt("", "single_object", "easy", (SMALL_CROSS,)), "cross is small: none no"),
+        (Prompt("", "counting", "medium", (Include(Selector("square", "red"), 2),)), "all shapes are red: green no"),
+        (Prompt("", "counting", "medium", (Include(Selector("cross", "red"), 2),)), "two red crosses: none no"),
+        (Prompt("", "colors", "easy", (Include(Selector("circle", "red")),), "gray"), "background is gray: black no"),
         (
             Prompt("", "position", "hard", (Include(Selector("circle", "red")), SQUARE_RIGHT)),
-            "green square right of red circle: bottom right and top left, yes",
+            "green square right of red circle: bottom right and top left yes",
         ),
     ],
 )
@@ -78,7 +79,7 @@ def test_every_kind_of_requirement_names_what_was_found(prompt, line):
 def test_pieces_that_are_no_shapes_are_named_beside_the_count():
     image = np.zeros((64, 64, 3), np.float32)
     image[4:8, 4:60] = (0.85, 0.05, 0.10)
-    assert "two shapes in all: zero and blobs, no" in alignment_answer(image, TWO).splitlines()
+    assert "two shapes in all: zero and blobs no" in alignment_answer(image, TWO).splitlines()
 
 
 def test_a_pictures_classes_are_those_of_its_quarters():

@@ -157,8 +157,8 @@ class Sequence:
 
     ids: int32 [T]. positions: int32 [3, T] (time, row, column). image: int32 [T], which of `images` a token stands
     for, -1 for text. patch: int32 [T], which merged patch of that image. next_position: the position of the token
-    that would follow. targets: int8 [T], 1 for the tokens of the assistant's turn, 2 for those of its scores; None
-    for a prompt.
+    that would follow. targets: int8 [T], 1 for the tokens of the assistant's turn, 2 for those of its scores, 3 for
+    those of its verdicts; None for a prompt.
     """
 
     ids: np.ndarray
@@ -230,12 +230,12 @@ class Processor:
         return self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def sequence(
-        self, images, text: str, answer: str | None = None, *, scores=(), patched: dict | None = None
+        self, images, text: str, answer: str | None = None, *, scores=(), verdicts=(), patched: dict | None = None
     ) -> Sequence:
         """One user turn (images first, text last, no system prompt) and the opening of the assistant's turn.
 
-        With `answer`, the assistant's turn follows and is what `targets` marks, its end token included; `scores` are
-        the spans [start, end) of the answer's characters that hold its scores. `patched`: a cache digest ->
+        With `answer`, the assistant's turn follows and is what `targets` marks, its end token included; `scores` and
+        `verdicts` are the spans [start, end) of the answer's characters that hold them. `patched`: a cache digest ->
         PatchedImage that this call uses and fills, so that a repeated image is resized once.
         """
         images = tuple(self._patch(image, patched) for image in images)
@@ -267,7 +267,11 @@ class Processor:
         targets = None
         if answer is not None:
             encoding = self.tokenizer.encode(answer, add_special_tokens=False)
-            marks = [1 + any(a < end and start < b for a, b in scores) for start, end in encoding.offsets]
+            spans = [(2, span) for span in scores] + [(3, span) for span in verdicts]
+            marks = [
+                max((mark for mark, (a, b) in spans if a < end and start < b), default=1)
+                for start, end in encoding.offsets
+            ]
             targets = np.array([0] * len(ids) + marks + [1], np.int8)
             add_text([*encoding.ids, self.turn_end])
         positions, following = rope_positions(runs)

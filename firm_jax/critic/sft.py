@@ -4,6 +4,7 @@ Which examples make up step `i` follows from the seed and `i`, so a resumed run 
 have seen, and the step is all the data state there is.
 """
 
+import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from firm_jax.sharding import path_name
 COMPANIONS = ("tokenizer*.json", "vocab.json", "merges.txt", "*preprocessor_config.json", "processor_config.json")
 COMPANIONS += ("generation_config.json", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
 
+VERDICT = re.compile(r"\b(yes|no)$", re.MULTILINE)  # on a requirement, at the end of its line
 WINDOW = 16  # batches that are sorted by length together
 
 
@@ -44,8 +46,8 @@ def read_scores(answer: str) -> Parsed:
     return three if three.scores else parse_alignment(answer)
 
 
-def sft_loss(graphdef, params, batch, *, remat: str = "none"):
-    """Mean cross-entropy over the tokens of the assistant's turns.
+def sft_loss(graphdef, params, batch, *, verdict_weight: float = 1.0, remat: str = "none"):
+    """Mean cross-entropy over the tokens of the assistant's turns, verdicts counting `verdict_weight` times.
 
     batch: what `collate` returns, with the image table's `patches` and `grids`. Returns the scalar and
     {"loss/total", "loss/score"}: the latter over the tokens that hold a score, NaN in a batch without any.
@@ -63,7 +65,8 @@ def sft_loss(graphdef, params, batch, *, remat: str = "none"):
     # A masked sum in the place of a gather: it stays local where the vocabulary is split over devices.
     chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.where(chosen, logits, 0).sum(-1)
-    total = jnp.where(targets > 0, losses, 0).sum() / (targets > 0).sum()
+    weights = jnp.where(targets == 3, verdict_weight, (targets > 0).astype(losses.dtype))
+    total = (weights * losses).sum() / weights.sum()
     score = jnp.where(targets == 2, losses, 0).sum() / (targets == 2).sum()
     return total, {"loss/total": total, "loss/score": score}
 
@@ -93,12 +96,12 @@ def init_state(optimizer, params) -> dict:
     return jax.jit(lambda params: {"params": params, "optimizer": optimizer.init(params), "step": jnp.int32(0)})(params)
 
 
-def make_update(graphdef, optimizer, *, compute_dtype, remat: str):
+def make_update(graphdef, optimizer, *, compute_dtype, verdict_weight: float = 1.0, remat: str):
     """The jitted step `(state, batch) -> (state, metrics)`; a step that is not finite leaves the state as it was."""
 
     def loss(params, batch):
         params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        return sft_loss(graphdef, params, batch, remat=remat)
+        return sft_loss(graphdef, params, batch, verdict_weight=verdict_weight, remat=remat)
 
     @partial(jax.jit, donate_argnames="state")
     def update(state, batch):
@@ -161,8 +164,10 @@ class Batches:
 
     def _encode(self, index: int) -> Sequence:
         example = self.examples[index]
-        spans = read_scores(example.answer).spans or ()
-        sequence = self.processor.sequence(example.images, example.prompt, example.answer, scores=spans)
+        spans, verdicts = read_scores(example.answer).spans or (), [m.span(1) for m in VERDICT.finditer(example.answer)]
+        sequence = self.processor.sequence(
+            example.images, example.prompt, example.answer, scores=spans, verdicts=verdicts
+        )
         if len(sequence) > max(self.lengths):
             raise DataError(
                 f"example {index} has {len(sequence)} tokens, more than the last of train.lengths = {self.lengths}; "
@@ -230,7 +235,10 @@ def train(config, workdir: str) -> None:
         )
         optimizer = make_optimizer(settings)
         compute_dtype = jnp.dtype(settings.compute_dtype)
-        update = make_update(graphdef, optimizer, compute_dtype=compute_dtype, remat=settings.remat)
+        update = make_update(
+            graphdef, optimizer, compute_dtype=compute_dtype, verdict_weight=settings.verdict_weight,
+            remat=settings.remat,
+        )  # fmt: skip
         held_out_loss = jax.jit(partial(sft_loss, graphdef))
 
         def evaluate(params) -> dict:

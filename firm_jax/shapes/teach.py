@@ -2,6 +2,7 @@
 critic pictures with the answers that the oracle would give in the critic's output formats."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
     score = oracle.share_to_score(float(np.mean(verdicts)))
     lines = [_describe(reading)]
     for requirement, holds in zip(prompt.requirements, verdicts, strict=True):
-        lines.append(f"{requirement.text}: {_evidence(requirement, reading)}, {'yes' if holds else 'no'}")
+        lines.append(f"{requirement.text}: {_evidence(requirement, reading)} {'yes' if holds else 'no'}")
     lines.append(f"{_COUNTS[sum(verdicts)]} of {_COUNTS[len(verdicts)]} hold")
     return "\n".join([*lines, f"**Final Alignment Rating: {score}**", f"\\boxed{{{score}}}"])
 
@@ -169,14 +170,18 @@ def _quarter(shape) -> str:
 
 
 def _evidence(requirement: Requirement, reading: Reading) -> str:
-    """What the picture shows of a requirement, in a word or two: how many shapes fit, the first value that does not
-    fit (or the one that all have), the places of the first two shapes in question, or the background."""
+    """What the picture shows of a requirement, found by one property at a time: the number of shapes of a kind, or of
+    all; where a colour is named, the colours of all shapes of the kind; the first value that does not fit, or the one
+    that all have; the places of the first two shapes in question; the background."""
     shapes = reading.scene.shapes
     found = requirement.subject.select(shapes)
     match requirement.check:
         case "exactly":
-            blobs = reading.strays if requirement.subject == Selector() else 0
-            return f"{_COUNTS[min(len(found), 6)]}{' and blobs' if blobs else ''}"
+            if requirement.subject.color is None:
+                blobs = requirement.subject == Selector() and reading.strays
+                return f"{_COUNTS[min(len(found), 6)]}{' and blobs' if blobs else ''}"
+            colors = [shape.color for shape in shapes if shape.kind == requirement.subject.kind]
+            return " ".join(colors[:4]) or "none"
         case "every":
             misfits = [shape for shape in found if not requirement.value.select((shape,))]
             name = next(name for name in ("kind", "color", "size") if getattr(requirement.value, name))
@@ -220,14 +225,30 @@ def _pair_for_alignment(rng: np.random.Generator, wanted: int) -> tuple[Prompt, 
     """A prompt, and a scene that meets the share of its requirements that makes the wanted score."""
     for _ in range(_PAIR_TRIES):
         prompt = _any_prompt(rng)
-        shown = prompt if wanted == 5 else corrupt_prompt(rng, prompt, rng.uniform(0.2, 1.0))
-        if wanted <= 2 and rng.random() < 0.3:
+        if wanted == 5:
+            shown = prompt
+        elif rng.random() < 0.4:
+            shown = _recolored(rng, prompt)
+        elif wanted <= 2 and rng.random() < 0.3:
             shown = _any_prompt(rng)
+        else:
+            shown = corrupt_prompt(rng, prompt, rng.uniform(0.2, 1.0))
         scene = sample_scene(rng, shown)
         share = np.mean([requirement.holds(scene) for requirement in prompt.requirements])
         if oracle.share_to_score(float(share)) == wanted:
             break
     return prompt, scene
+
+
+def _recolored(rng: np.random.Generator, prompt: Prompt) -> Prompt:
+    """The prompt with nothing but colours changed: what a critic confuses last, and would else seldom see alone."""
+
+    def redraw(value, choices):
+        return list(choices)[int(rng.integers(len(choices)))] if value and rng.random() < 0.7 else value
+
+    selectors = [replace(item.selector, color=redraw(item.selector.color, COLORS)) for item in prompt.include]
+    include = tuple(replace(item, selector=selector) for item, selector in zip(prompt.include, selectors, strict=True))
+    return replace(prompt, include=include, background=redraw(prompt.background, BACKGROUNDS))
 
 
 def _aged(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
