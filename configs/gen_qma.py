@@ -132,7 +132,7 @@ def tiny() -> ConfigDict:
     config.eval.update(
         {
             **size,
-            "every": 20,
+            "every": 35,
             "prompts": 576,
             "images_per_prompt": 2,
             "judged": 144,
