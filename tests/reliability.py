@@ -1,0 +1,165 @@
+"""Writes docs/reliability.md: what can go wrong, what is promised then, and the tests that keep the promise.
+
+A test says which promise it keeps with `@pytest.mark.fault("its-key")`; the page is made from these marks, by
+`python tests/reliability.py`, and tests/test_reliability.py fails when page, promises and marks part ways.
+"""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "reliability.md"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row: what goes wrong, and what happens then."""
+
+    what: str
+    promise: str
+
+
+# In the order of the page. A key is what `pytest.mark.fault` is given.
+SECTIONS: dict[str, dict[str, Fault]] = {
+    "Stopped, killed, moved": {
+        "killed": Fault(
+            "`kill -9` at any moment, also while a checkpoint is written or an old one deleted",
+            "The same command continues from the newest complete checkpoint. Metrics, judgements and LoRA end "
+            "bit-equal to an uninterrupted run's.",
+        ),
+        "preempted": Fault(
+            "SIGTERM or Ctrl-C",
+            "The run saves at its next safe point and exits with code 75; the same command continues it to the same "
+            "bits. A second signal ends it at once (143 or 130).",
+        ),
+        "power-loss": Fault(
+            "The power fails right after a checkpoint",
+            "Its files and their folder are forced to the disk before the rename that makes it a checkpoint.",
+        ),
+        "other-mesh": Fault(
+            "The run continues on other devices, or on more or fewer of them",
+            "The same prompts, images and rewards, to rounding. A changed system is told in the log.",
+        ),
+        "lost-process": Fault(
+            "One of several processes dies or hangs",
+            "The others stop within the heartbeat with a message and an exit code; all continue with the same command.",
+        ),
+    },
+    "Storage": {
+        "damaged-checkpoint": Fault(
+            "A bit flips in a checkpoint, a file of it is cut short, missing or added",
+            "Every file's size and hash are in its manifest. The checkpoint is set aside, loudly, and the one before "
+            "it is used; with none left the run refuses to start over by itself.",
+        ),
+        "disk-full": Fault(
+            "The disk is full when a checkpoint is saved",
+            "The checkpoints before stay whole, no half one is left, and the run ends with an error that says so.",
+        ),
+        "hanging-storage": Fault(
+            "The storage hangs during a save",
+            "After a limit the run ends with an error; the checkpoints before stay whole.",
+        ),
+        "other-model": Fault(
+            "The checkpoint is of another model, other base weights or a config that contradicts this one",
+            "The run is refused, and every difference is named.",
+        ),
+        "two-runs": Fault(
+            "A second run is started in a folder that is in use",
+            "It is refused with the holder's process, host and start. The lock of a dead one is taken over, with a "
+            "notice.",
+        ),
+        "damaged-weights": Fault(
+            "Weights are missing, truncated, unreadable, of another dtype or shape, or named by an index but not there",
+            "An error that names file and tensor before anything is trained.",
+        ),
+        "memory-of-loading": Fault(
+            "The weights are larger than the host's memory",
+            "Tensors go from the file to their shards one by one: never a whole model in the host's memory.",
+        ),
+    },
+    "Numbers": {
+        "not-finite": Fault(
+            "NaN or Inf in a loss or a gradient, on all devices or on one",
+            "The update is not made on any device; its prompts are kept in `skipped_updates.jsonl` and counted in "
+            "`update/skipped`; above `train.max_skipped_updates` the run stops, saved.",
+        ),
+        "missing-reward": Fault(
+            "A reward is missing or not a number, or those of a whole group are",
+            "It is masked out of statistics, advantages and loss, and counted in `reward/missing`.",
+        ),
+        "equal-rewards": Fault(
+            "All rewards of a group are equal, or all of an epoch",
+            "Their advantages are exactly 0; the share is `reward/zero_std_ratio`.",
+        ),
+        "unusable-answers": Fault(
+            "The critic's answer is garbage: empty, cut short, HTML, out of range, several scores, an injected one",
+            "No number is made up: the judgement has a status instead of a score, and `critic/failure_rate` counts it.",
+        ),
+        "silent-critic": Fault(
+            "More judgements fail than `critic.max_failure_rate`",
+            "The run stops, saved as it was before the epoch, and says what the answers were.",
+        ),
+    },
+    "Input": {
+        "malformed-line": Fault(
+            "Malformed records: bad JSON, byte order mark, NUL, wrong types, missing keys, a line of 100 MB",
+            "Set aside in `quarantine.jsonl` with line and reason, in bounded memory; more than "
+            "`prompts.max_bad_fraction` of them refuse the file.",
+        ),
+        "hostile-image": Fault(
+            "An image that is a decompression bomb, truncated, no image, animated, of absurd size or aspect",
+            "Refused before its pixels are decoded, with one of a fixed set of reasons.",
+        ),
+        "escaping-path": Fault(
+            "A path in a record leaves its folder: dot-dot, absolute, symbolic link, NUL, URL",
+            "Refused; nothing outside the folder is opened.",
+        ),
+        "hostile-text": Fault(
+            "A prompt with special tokens, braces, chat markup, or ten megabytes of text",
+            "Special tokens are plain text to the tokenizers, braces stay braces, and a text beyond the cap is set "
+            "aside before it is tokenized.",
+        ),
+        "wrong-config": Fault(
+            "A config key that does not exist, or a value that cannot work",
+            "An error that names the key and the nearest ones, before anything is loaded.",
+        ),
+    },
+}
+
+
+def marks() -> dict[str, list[tuple[str, str]]]:
+    """Fault -> (test file, test function) of every test marked with it, in the order of the files."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for file in sorted(TESTS.glob("test_*.py")):
+        for node in ast.parse(file.read_text()).body:
+            for decorator in getattr(node, "decorator_list", ()):
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":
+                    for key in decorator.args:
+                        found.setdefault(ast.literal_eval(key), []).append((file.name, node.name))
+    return found
+
+
+def page() -> str:
+    """docs/reliability.md as it should be."""
+    found = marks()
+    lines = [
+        "# What can go wrong, and what happens then",
+        "",
+        "Every promise is kept by the tests beside it. This page is made from the tests, by `python",
+        "tests/reliability.py`; a test that is gone, or a promise without one, fails the suite.",
+    ]
+    for section, faults in SECTIONS.items():
+        lines += ["", f"## {section}", "", "| what goes wrong | what is promised | kept by |", "|---|---|---|"]
+        for key, fault in faults.items():
+            tests = "<br>".join(f"[{_sentence(name)}](../tests/{file})" for file, name in found.get(key, ()))
+            lines.append(f"| {fault.what} | {fault.promise} | {tests} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(name: str) -> str:
+    return name.removeprefix("test_").replace("_", " ")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
