@@ -1,5 +1,7 @@
 """The layers against their definitions, stacks against loops, and what each keeps of a batch's sharding."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +165,48 @@ def test_a_projection_keeps_the_batch_and_takes_the_kernel_s_columns(mesh, kerne
         got = jax.jit(project)(shard_batch(x, mesh), place(kernel, mesh, *kernel_spec))
     assert tuple(got.sharding.spec) == (BATCH, None, out)
     np.testing.assert_allclose(got, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]
+KERNEL_SPECS = [P("fsdp", "tensor"), P("tensor", "fsdp"), P("fsdp", None)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("spec", KERNEL_SPECS)
+@pytest.mark.parametrize("rows", [8, 64])
+def test_few_rows_go_to_where_the_weights_lie_and_many_stay(sizes, spec, rows):
+    mesh = make_mesh(*sizes)
+    x, kernel = normal(rows, 2, 32), normal(32, 48)
+    with jax.set_mesh(mesh):
+        split = place(kernel, mesh, *spec)
+        on_devices = shard_batch(x, mesh)
+        y = jax.jit(project)(on_devices, split)
+        np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
+        assert jax.typeof(y).sharding.spec == P(("data", "fsdp"), None, "tensor" if spec[1] == "tensor" else None)
+        grads = jax.jit(jax.grad(lambda k, x: (project(x, k) ** 2).sum(), argnums=(0, 1)))(split, on_devices)
+        program = jax.jit(project).lower(on_devices, split).compile().as_text()
+    flat = x.reshape(-1, 32)
+    np.testing.assert_allclose(grads[0], 2 * flat.T @ (flat @ kernel), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(grads[1].reshape(flat.shape), 2 * flat @ kernel @ kernel.T, rtol=1e-3, atol=1e-3)
+    assert grads[0].sharding.spec == spec
+    over = [
+        size // (mesh.shape[axis] if axis == "tensor" else 1) for axis, size in zip(spec, kernel.shape, strict=True)
+    ]
+    gathered = re.search(rf"= f32\[{over[0]},{over[1]}\]\S* (all-gather|all-reduce)", program)
+    assert (gathered is not None) == (rows == 64)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_tied_head_is_never_gathered_for_a_few_rows(sizes):
+    mesh, table, hidden = make_mesh(*sizes), normal(64, 32), normal(8, 32)
+    graphdef, params = nnx.split(Embedding(64, 32, rngs=nnx.Rngs(0)))
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(lambda _: place(table, mesh, "tensor", "fsdp"), params)
+        attend = jax.jit(lambda params, x: nnx.merge(graphdef, params).attend(x))
+        x = shard_batch(hidden, mesh)
+        np.testing.assert_allclose(attend(params, x), hidden @ table.T, rtol=1e-4, atol=1e-4)
+        program = attend.lower(params, x).compile().as_text()
+    assert not re.search(rf"= f32\[{64 // sizes[2]},32\]\S* all-gather", program)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from firm_jax.critic.processing import Sequence, bucket, collate, image_table, power_of_two
-from firm_jax.mesh import BATCH_AXES, batch_size, replicate, shard_batch
+from firm_jax.mesh import BATCH_AXES, batch_size, replicate, shard_batch, to_host
 from firm_jax.models.layers import zeros_beside
 
 CHUNK = 16  # decoding steps between two looks at which rows have ended
@@ -196,9 +196,10 @@ class Decoder:
                     self.graphdef, self.params, state, rules=self.rules, steps=CHUNK
                 )
                 place = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-                tokens[live, place] = np.asarray(new_tokens)[: len(live)]
-                digits[live, place] = np.asarray(new_digits)[: len(live)]
-                state, live = self._drop_ended(state, live)
+                new_tokens, new_digits, ended = to_host((new_tokens, new_digits, state["ended"]))
+                tokens[live, place] = new_tokens[: len(live)]
+                digits[live, place] = new_digits[: len(live)]
+                state, live = self._drop_ended(state, ended, live)
                 if not len(live):
                     break
         return [self._trim(*row, max_new_tokens) for row in zip(tokens, digits, strict=True)]
@@ -229,9 +230,8 @@ class Decoder:
             new_slots=new_slots,
         )
 
-    def _drop_ended(self, state, live: np.ndarray):
-        """The state and `live` without the rows that have ended, once that allows a smaller batch."""
-        ended = np.asarray(state["ended"])
+    def _drop_ended(self, state, ended: np.ndarray, live: np.ndarray):
+        """The state and `live` without the rows that have `ended`, once that allows a smaller batch."""
         size = len(ended)
         going = np.flatnonzero(~ended[: len(live)])
         smaller = power_of_two(len(going), self.multiple)

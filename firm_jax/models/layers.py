@@ -53,8 +53,37 @@ def project(x, kernel, dtype=None):
 
     `dtype`: of the result, where it is to keep more of the sum than x's own dtype does.
     """
-    sharding = output_sharding(x, x.ndim - 1, _spec(kernel)[-1])
-    return jnp.einsum("...I,IO->...O", x, kernel, out_sharding=sharding, preferred_element_type=dtype)
+    return _contract("...I,IO->...O", x, kernel, 0, dtype)
+
+
+def _contract(equation: str, x, weights, contracted: int, dtype):
+    """x [..., I] times weights, whose dimension `contracted` is I, over a mesh that may split both.
+
+    Where a mesh axis splits the batch and the weights, one of them has to move. Many rows stay and the weights are
+    gathered, as fully sharded training wants it; a few rows (a decoding step, a timestep's embedding) go to where the
+    weights lie and their results come back: reading a whole model from its neighbours for each token would be slower
+    by orders of magnitude.
+    """
+    kept = _spec(weights)[1 - contracted]
+    final = output_sharding(x, x.ndim - 1, kept)
+    beside = final
+    if _rows_move(x, weights):
+        shared = _axes(_spec(weights))
+        leading = [_without(entry, shared) for entry in _spec(x)[:-1]]
+        for last in (_spec(x)[-1], _spec(weights)[contracted]):  # the partitioner finds no good way for both at once
+            x = jax.sharding.reshard(x, P(*leading, last))
+        beside = NamedSharding(jax.typeof(x).sharding.mesh, P(*leading, kept))
+    y = jnp.einsum(equation, x, weights, out_sharding=beside, preferred_element_type=dtype)
+    return y if beside is final else jax.sharding.reshard(y, final)
+
+
+def _rows_move(x, weights) -> bool:
+    """Whether an axis splits rows and weights alike, and moving the rows and their results moves less."""
+    mesh = jax.typeof(x).sharding.mesh
+    shared = _axes(_spec(x)[:-1]) & _axes(_spec(weights))
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in shared):
+        return False
+    return math.prod(x.shape[:-1]) * sum(weights.shape) < math.prod(weights.shape)
 
 
 def take_rows(table, index):
@@ -140,9 +169,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x, dtype=None):
         """Logits [..., V] of x [..., D] against every row: the tied output head; `dtype` as in `project`."""
-        table = self.embedding[...]
-        sharding = output_sharding(x, x.ndim - 1, _spec(table)[0])
-        return jnp.einsum("...D,VD->...V", x, table, out_sharding=sharding, preferred_element_type=dtype)
+        return _contract("...D,VD->...V", x, self.embedding[...], 1, dtype)
 
 
 class LayerNorm(nnx.Module):
