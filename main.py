@@ -1,8 +1,9 @@
 """Runs a job: `python main.py --config configs/gen_qma.py:tiny --workdir runs/tiny [--config.key=value ...]`.
 
 The same command started again in the same workdir continues the run. Exit codes: 0 done; 2 something to put right,
-said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue. A second signal
-ends the process at once (143 or 130) and loses what was done since the last checkpoint.
+said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue; 76 another process
+of the run is gone, start all again to continue. A second signal ends the process at once (143 or 130) and loses what
+was done since the last checkpoint.
 """
 
 import importlib

@@ -20,6 +20,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,12 +36,15 @@ from tqdm import tqdm
 from firm_jax.checkpoint import Checkpointer
 from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
 from firm_jax.metrics import JsonLines, MetricWriter, headline
+from firm_jax.processes import ProcessWatch
 from firm_jax.profiling import PhaseTimers, ProfileWindow
 from firm_jax.report import image_grid, write_report
 from firm_jax.workdir import WorkdirLock, check_same_config, plain_config, prepare_workdir
 
 # EX_TEMPFAIL: stopped on request with everything saved; the same command continues the run.
 STOPPED_EXIT_CODE = 75
+
+REFUSED = -1  # in place of a start's number: the folder is another run's
 
 
 class Stopped(Exception):
@@ -98,10 +102,13 @@ class Run:
 
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
-            if self.is_main:
-                lock = WorkdirLock(self.workdir)
-                lock.acquire()
-                stack.callback(lock.release)
+            start = self._lock_folder(stack)
+            self._watch = None
+            if jax.process_count() > 1:
+                processes = jax.process_index(), jax.process_count()
+                self._watch = ProcessWatch(self.workdir / ".processes", *processes, run=start)
+                self._watch.start()
+                stack.push(lambda kind, error, traceback: self._watch.stop(error))
             self._checkpointer = Checkpointer(self.workdir / "checkpoints", self.config.checkpoint.keep)
             if saved := self._checkpointer.latest_meta():
                 check_same_config(saved["config"], self._plain_config, self.workdir)
@@ -121,6 +128,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if self._watch is not None and error is not None and not isinstance(error, Stopped):
+            self._watch.stop(error)  # from here on, this process tells its own story
         with self._stack:
             try:
                 self._checkpointer.wait()
@@ -293,6 +302,22 @@ class Run:
                 self._judgements.append(record)
 
     # Inside
+
+    def _lock_folder(self, stack: contextlib.ExitStack) -> int:
+        """Take the folder for this run's processes; returns a number that this start of it has for all of them."""
+        refusal, start = None, time.time_ns() // 1_000_000 % 2**31
+        if self.is_main:
+            lock = WorkdirLock(self.workdir)
+            try:
+                lock.acquire()
+                stack.callback(lock.release)
+            except WorkdirError as error:
+                refusal, start = error, REFUSED
+        if jax.process_count() > 1:
+            start = int(multihost_utils.broadcast_one_to_all(np.int32(start)))
+        if start == REFUSED:
+            raise refusal or WorkdirError(f"{self.workdir} is in use by another run; process 0 says by which")
+        return start
 
     def _lengths(self) -> dict[str, int]:
         """How far the run's files are written, in bytes."""
