@@ -71,11 +71,13 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         ),
         "damaged-weights": Fault(
             "Weights are missing, truncated, unreadable, of another dtype or shape, or named by an index but not there",
-            "An error that names file and tensor before anything is trained.",
+            "An error that names file and tensor before anything is trained, NaN and infinity in them included. A "
+            "flipped bit that leaves a number finite is not seen.",
         ),
         "memory-of-loading": Fault(
             "The weights are larger than the host's memory",
-            "Tensors go from the file to their shards one by one: never a whole model in the host's memory.",
+            "Tensors go from the file to their shards one by one: beside the shards, never more than 1.5 times the "
+            "largest tensor and 500 MB in the host's memory.",
         ),
     },
     "Numbers": {

@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_pipeline_says_what_it_holds(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no model_index.json, but config.json, .*supported pipelines"):
         Generator.from_pretrained(folder / "transformer")
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(WeightsError, match="not valid JSON"):
         Generator.from_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="no such model folder"):
         Generator.from_pretrained(tmp_path / "absent")

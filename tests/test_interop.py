@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from firm_jax import models
 from firm_jax.errors import ConfigError, WeightsError
-from firm_jax.interop import hub, load
+from firm_jax.interop import hub
+from firm_jax.interop.files import WeightFiles
 from firm_jax.interop.load import load_params
 from firm_jax.interop.mapping import SAME_NAMES, Rule, tensors
 from firm_jax.interop.save import save_params
@@ -126,25 +127,24 @@ def test_every_leaf_lands_on_its_shards(tmp_path, sizes, monkeypatch):
     write(tmp_path, example(), shards=2)
     whole = read(tmp_path)
     reads = []
-    real = load.read_slice
+    real = WeightFiles.read
 
-    def recorded(source, layout, index):
-        block = real(source, layout, index)
-        reads.append((tuple(source.get_shape()), block.size))
-        return block
+    def recorded(files, name, start, stop):
+        reads.extend((name, row) for row in range(start, stop))
+        return real(files, name, start, stop)
 
-    monkeypatch.setattr(load, "read_slice", recorded)
+    monkeypatch.setattr(WeightFiles, "read", recorded)
     mesh = make_mesh(*sizes)
     params = read(tmp_path, sharding_rules=SHARDING, mesh=mesh)
     assert_equal(params, whole)
     divides = [axis if size % mesh.shape[axis] == 0 else None for axis, size in (("fsdp", 6), ("tensor", 8))]
     assert params.blocks.kernel[...].sharding.spec == P(None, *divides)
     assert params.norm.scale[...].sharding.is_fully_replicated
-    parts = int(np.prod([mesh.shape[axis] for axis in divides if axis]))
-    layer_reads = [size for shape, size in reads if shape == (8, 6)]
-    assert layer_reads == [48 // parts] * (3 * parts), "each part of each layer is read once, and alone"
+    expected = [(name, row) for name, tensor in example().items() for row in range(len(tensor))]
+    assert sorted(reads) == sorted(expected), "each row is read once, however many devices hold it"
 
 
+@pytest.mark.fault("damaged-weights")
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
 def test_tensors_that_do_not_fit_are_named(tmp_path, change):
     content = example()
@@ -187,6 +187,7 @@ def test_tied_tensors(tmp_path):
     assert_equal(read(tmp_path, tied=tied), expected)
 
 
+@pytest.mark.fault("damaged-weights")
 def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     content = example()
     write(tmp_path, content, shards=2)
@@ -197,22 +198,15 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.fault("damaged-weights")
 def test_a_shard_that_is_not_there_is_named(tmp_path):
     write(tmp_path, example(), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"model-00002-of-00003\.safetensors.*not in the folder"):
+    with pytest.raises(WeightsError, match=r"model-00002-of-00003\.safetensors \(for .*not in the folder; fetch it"):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 200, -10])
-def test_a_truncated_shard_is_named(tmp_path, keep):
-    write(tmp_path, example(), shards=2)
-    shard = tmp_path / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match=r"model-00002-of-00002\.safetensors.*fetch it again"):
-        read(tmp_path)
-
-
+@pytest.mark.fault("damaged-weights")
 def test_an_index_that_lists_too_much_is_an_error(tmp_path):
     write(tmp_path, example(), shards=2)
     index = tmp_path / "model.safetensors.index.json"
@@ -223,13 +217,15 @@ def test_an_index_that_lists_too_much_is_an_error(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.fault("damaged-weights")
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\udcff"])
 def test_an_index_that_is_none_is_an_error(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(WeightsError, match="not a safetensors index"):
+    with pytest.raises(WeightsError, match=r"index\.json (is not|holds no) .*; fetch the file again"):
         read(tmp_path)
 
 
+@pytest.mark.fault("damaged-weights", "escaping-path")
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
 def test_an_index_reads_nothing_outside_its_folder(tmp_path, file):
     index = {"weight_map": {"norm.weight": file}}
@@ -238,15 +234,17 @@ def test_an_index_reads_nothing_outside_its_folder(tmp_path, file):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.float64, ml_dtypes.float8_e4m3fn])
+@pytest.mark.fault("damaged-weights")
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float64, ml_dtypes.float8_e4m3fn])
 def test_a_dtype_that_is_not_read_is_named(tmp_path, dtype):
     content = example()
     content["conv.bias"] = content["conv.bias"].astype(dtype)
     write(tmp_path, content)
-    with pytest.raises(WeightsError, match=r"conv\.bias has dtype (I8|F64|F8_E4M3); readable are"):
+    with pytest.raises(WeightsError, match=r"conv\.bias has dtype (I8|I64|F64|F8_E4M3); readable are"):
         read(tmp_path)
 
 
+@pytest.mark.fault("damaged-weights")
 def test_no_weights_and_two_sets_of_weights_are_errors(tmp_path):
     with pytest.raises(WeightsError, match=r"no weights in .*expected one of"):
         read(tmp_path)

@@ -6,7 +6,6 @@ difference on purpose: a prompt's own text is always text, also where it spells 
 """
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 
 from firm_jax.data.images import from_array
 from firm_jax.errors import ConfigError, DataError, WeightsError
+from firm_jax.interop.files import read_json
 
 MAX_ASPECT = 200
 
@@ -89,10 +89,7 @@ def _image_processor_json(folder: Path) -> tuple[dict, Path]:
         file = folder / name
         if not file.exists():
             continue
-        try:
-            raw = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise WeightsError(f"{file} is not valid JSON: {error}") from error
+        raw = read_json(file)
         raw = raw.get(key) if key else raw
         if raw:
             return raw, file

@@ -1,6 +1,5 @@
 """The critic as the rest of the package sees it: requests in, texts or judgements out."""
 
-import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Requests
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from firm_jax.critic.decode import Decoder, Generation, TokenRules
 from firm_jax.critic.parse import Parsed, parse_alignment, parse_edit, parse_quality
 from firm_jax.critic.processing import Processor, Sequence
 from firm_jax.critic.rubric import FOLDER, Rubric, rubrics_from
-from firm_jax.errors import ConfigError, DataError, WeightsError
+from firm_jax.errors import ConfigError, DataError
+from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import resolve
 
 PARSERS: dict[str, Callable[[str], Parsed]] = {
@@ -187,10 +187,7 @@ def end_tokens(folder: Path, processor: Processor) -> tuple[int, ...]:
     file = Path(folder) / "generation_config.json"
     ends = None
     if file.exists():
-        try:
-            ends = json.loads(file.read_text()).get("eos_token_id")
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise WeightsError(f"{file} is not valid JSON: {error}") from error
+        ends = read_json(file).get("eos_token_id")
     ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
     return tuple(sorted({*ends, processor.turn_end}))
 

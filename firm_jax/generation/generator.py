@@ -1,7 +1,6 @@
 """Prompts to images with any supported diffusers pipeline folder."""
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from firm_jax.errors import ConfigError
 from firm_jax.generation.solvers import integrate
+from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import resolve
 from firm_jax.mesh import batch_size, on_mesh, shard_batch, to_host
 from firm_jax.models.layers import repeat_batch, reshape, take_rows
@@ -183,19 +183,18 @@ def check_size(folder: Path, height: int, width: int) -> None:
 
 
 def read_model_index(folder: Path) -> dict:
-    """The model_index.json of a pipeline folder; ConfigError when it is not a supported pipeline."""
+    """The model_index.json of a pipeline folder; ConfigError when it is not a supported pipeline, WeightsError when it
+    is damaged."""
     file = folder / "model_index.json"
     supported = f"supported pipelines: {', '.join(sorted(PIPELINES))}"
     try:
-        index = json.loads(file.read_text())
+        index = read_json(file)
     except FileNotFoundError:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise ConfigError(
             f"{folder} is not a diffusers pipeline: no model_index.json, but {found}; {supported}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
-    name = index.get("_class_name") if isinstance(index, Mapping) else None
+    name = index.get("_class_name")
     if name not in PIPELINES:
         raise ConfigError(f"{file}: the pipeline class is {name!r}; {supported}")
     return index

@@ -21,6 +21,7 @@ from firm_jax.generation.text import (
     TextEncoders,
     tokenizer_name,
 )
+from firm_jax.interop.files import read_json
 from firm_jax.models.sd3 import SD3Config
 from firm_jax.models.vae_kl import AutoencoderKLConfig
 
@@ -180,8 +181,6 @@ def read_scheduler(folder: Path) -> dict:
     """The scheduler_config.json of a pipeline folder."""
     file = folder / SCHEDULER_FILE
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except FileNotFoundError:
         raise WeightsError(f"the pipeline lacks {file}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from error

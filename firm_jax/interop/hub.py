@@ -50,7 +50,8 @@ def identity(folder: Path) -> str:
     """A fingerprint of the model in a folder, wherever it lies: 16 hex digits.
 
     Of each JSON and safetensors file its name, size, and 64 KiB at the start, the middle and the end: it tells models
-    and fine-tunes apart in a moment however large they are. It is no proof against forgery.
+    and fine-tunes apart in a moment however large they are. It is no proof against forgery, and does not see a bit
+    that has flipped elsewhere in the files.
     """
     digest = hashlib.sha256()
     for file in sorted(file for pattern in ("*.json", "*.safetensors") for file in folder.rglob(pattern)):

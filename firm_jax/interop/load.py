@@ -1,87 +1,34 @@
-"""Safetensors straight to their shards: each device's part is read from disk on its own, never a whole model."""
+"""Safetensors straight to their shards, a block at a time: never a whole model in the host's memory.
 
-import json
-from collections.abc import Mapping
+A block is one tensor of a file, or as many layers of a stack as fit `BLOCK_BYTES`. What this process's devices hold of
+it is read in chunks of rows, and is on the devices before the next block is read. A stack of more than one block grows
+there.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from firm_jax.errors import WeightsError
-from firm_jax.interop.mapping import SAME_NAMES, Rule, Tensor, read_slice, tensors
+from firm_jax.interop.files import READABLE, WeightFiles, some
+from firm_jax.interop.mapping import SAME_NAMES, Rule, Tensor, from_torch, tensors
 from firm_jax.sharding import Rules, path_name, shardings
 
-STEMS = ("diffusion_pytorch_model", "model")
-READABLE = {"F32", "F16", "BF16"}
+BLOCK_BYTES = 32 << 20
+CHUNK_BYTES = 4 << 20  # of one read; each thread holds one at a time
+STRIPE = 16  # rows transposed at a time: a cache line of numbers. A whole kernel in one go is 6 times slower.
+THREADS = min(8, os.cpu_count() or 1)
 
-
-class WeightFiles:
-    """The tensors of one folder, single-file or sharded by an index: their names, shapes and lazy slices."""
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self._open_files: dict[str, safe_open] = {}
-        self._stored_names: dict[str, str] = {}
-        self.files = self._locate()
-
-    def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name."""
-        candidates = [f"{stem}.safetensors{suffix}" for stem in STEMS for suffix in (".index.json", "")]
-        found = [file for file in candidates if (self.folder / file).exists()]
-        if not found:
-            raise WeightsError(f"no weights in {self.folder}: expected one of {', '.join(candidates)}")
-        if len(found) > 1:
-            raise WeightsError(f"{self.folder} holds several sets of weights: {', '.join(found)}; remove the stale one")
-        if found[0].endswith(".json"):
-            return self._read_index(self.folder / found[0])
-        return {name: found[0] for name in self._file(found[0]).keys()}  # noqa: SIM118 (not a dict)
-
-    def _read_index(self, index: Path) -> dict[str, str]:
-        try:
-            files = json.loads(index.read_text())["weight_map"]
-            outside = sorted(file for file in set(files.values()) if Path(file).name != file)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{index}: not a safetensors index ({error}); fetch the file again") from error
-        if outside:
-            raise WeightsError(f"{index} names files outside of its folder: {_some(outside)}")
-        seen: dict[str, str] = {}
-        for file in sorted(set(files.values())):
-            if not (self.folder / file).exists():
-                missing = next(name for name, where in files.items() if where == file)
-                raise WeightsError(f"{index} names the file {file} (for {missing}), which is not in the folder")
-            for name in self._file(file).keys():  # noqa: SIM118 (not a dict)
-                if name in seen:
-                    raise WeightsError(f"{self.folder}: tensor {name} stands in both {seen[name]} and {file}")
-                seen[name] = file
-        absent = sorted(set(files) - set(seen))
-        if absent:
-            raise WeightsError(f"{index} lists tensors that its files do not hold: {_some(absent)}")
-        return seen
-
-    def _file(self, file: str):
-        if file not in self._open_files:
-            try:
-                self._open_files[file] = safe_open(self.folder / file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(
-                    f"{self.folder / file} cannot be read ({error}); it may be truncated: fetch it again"
-                ) from error
-        return self._open_files[file]
-
-    def rename(self, stored: str, name: str) -> None:
-        """Let the tensor stored under one name answer to another."""
-        self.files[name] = self.files.pop(stored)
-        self._stored_names[name] = stored
-
-    def slice(self, name: str):
-        """A lazy view of one tensor, in the PyTorch layout."""
-        return self._file(self.files[name]).get_slice(self._stored_names.get(name, name))
-
-    def where(self, name: str) -> str:
-        return f"{self.folder / self.files[name]}, tensor {name}"
+# A part of an array: [start, stop) in every dimension.
+Part = tuple[tuple[int, int], ...]
 
 
 def account(
@@ -104,11 +51,11 @@ def account(
     ]
     problems = []
     if missing:
-        problems.append(f"missing tensors: {_some(missing)}")
+        problems.append(f"missing tensors: {some(missing)}")
     if extra:
-        problems.append(f"tensors that this architecture does not have: {_some(extra)}")
+        problems.append(f"tensors that this architecture does not have: {some(extra)}")
     if wrong:
-        problems.append(f"tensors of another shape: {_some(wrong)}")
+        problems.append(f"tensors of another shape: {some(wrong)}")
     if problems:
         raise WeightsError(
             f"the weights in {where} do not fit their config.json; " + "; ".join(problems) + ". "
@@ -129,67 +76,135 @@ def load_params(
 ):
     """The parameter tree of `abstract_params`' structure, read from the safetensors in `folder`.
 
-    Every leaf arrives in `dtype` on its shards by `sharding_rules` (on the default device without a mesh). Raises
-    WeightsError for a missing, extra, duplicate or misshapen tensor, an unreadable file, or a dtype other than
-    float32, float16 and bfloat16.
+    Every leaf arrives in `dtype` on its shards by `sharding_rules` (on the default device without a mesh). A tensor is
+    read once, however many devices hold it; of several processes each reads the rows that its devices need. Raises
+    WeightsError for a missing, extra, duplicate or misshapen tensor, an unreadable file, a dtype other than float32,
+    float16 and bfloat16, and a number that is not finite in `dtype`.
     """
-    files, tied, dtype = WeightFiles(folder), dict(tied or {}), jnp.dtype(dtype)
-    for alias, name in tied.items():
-        if alias in files.files and name not in files.files:
-            files.rename(alias, name)
-        elif alias in files.files and not np.array_equal(_whole(files, alias), _whole(files, name)):
-            raise WeightsError(f"{folder}: tensors {alias} and {name} differ, but this architecture ties them")
+    tied, dtype = dict(tied or {}), jnp.dtype(dtype)
     wanted = list(tensors(abstract_params, (*rules, *SAME_NAMES)))
-    present = {name: tuple(files.slice(name).get_shape()) for name in files.files}
-    account({tensor.name: tensor.shape for tensor in wanted}, present, str(folder), ignored, tied)
-    for tensor in wanted:
-        kind = files.slice(tensor.name).get_dtype()
-        if kind not in READABLE:
-            raise WeightsError(f"{files.where(tensor.name)} has dtype {kind}; readable are {sorted(READABLE)}")
-    by_path: dict[str, list[Tensor]] = {}
-    for tensor in wanted:
-        by_path.setdefault(tensor.path, []).append(tensor)
+    sources = {path: list(group) for path, group in itertools.groupby(wanted, key=lambda tensor: tensor.path)}
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
         placement = jax.tree.map(lambda _: device, abstract_params)
     else:
         placement = shardings(abstract_params, sharding_rules, mesh)
+    with WeightFiles(folder) as files, ThreadPoolExecutor(THREADS) as pool:
+        _check(files, wanted, ignored, tied)
+        reader = _Reader(files, dtype, pool)
 
-    def read(path, leaf, sharding):
-        sources = by_path[path_name(path)]
-        parts = {}  # devices that hold the same part share one read and one buffer
+        def read(path, leaf, sharding):
+            return reader.leaf(leaf.shape, sources[path_name(path)], sharding)
 
-        def part(index):
-            index = tuple(entry.indices(size)[:2] for entry, size in zip(index, leaf.shape, strict=True))
-            if index not in parts:
-                parts[index] = _read_leaf(files, sources, tuple(slice(*ends) for ends in index), dtype)
-            return parts[index]
-
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-    return jax.tree_util.tree_map_with_path(read, abstract_params, placement)
+        return jax.tree_util.tree_map_with_path(read, abstract_params, placement)
 
 
-def _read_leaf(files: WeightFiles, sources: list[Tensor], index: tuple[slice, ...], dtype) -> np.ndarray:
-    """The part `index` of one leaf; a stacked leaf's is filled layer by layer."""
-    if sources[0].layer is None:
-        return _read_tensor(files, sources[0], index, dtype)
-    out = np.empty([part.stop - part.start for part in index], dtype)
-    for row, source in enumerate(sources[index[0]]):
-        out[row] = _read_tensor(files, source, index[1:], dtype)
-    return out
+def _check(files: WeightFiles, wanted: list[Tensor], ignored, tied: Mapping[str, str]) -> None:
+    """WeightsError unless the files hold what is wanted; a tensor known by its other name only gets the wanted one."""
+    stored = files.tensors
+    for alias, name in tied.items():
+        if alias in stored and name not in stored:
+            stored[name] = stored.pop(alias)
+    account(
+        {tensor.name: tensor.shape for tensor in wanted},
+        {name: found.shape for name, found in stored.items()},
+        str(files.folder),
+        ignored,
+        tied,
+    )
+    twice = {alias: name for alias, name in tied.items() if alias in stored}
+    for name in (*(tensor.name for tensor in wanted), *twice):
+        if stored[name].dtype not in READABLE:
+            raise WeightsError(
+                f"{stored[name]} has dtype {stored[name].dtype}; readable are {sorted(READABLE)}. Take the checkpoint "
+                "that is not quantised, or convert this one."
+            )
+    for alias, name in twice.items():
+        if not files.equal(alias, name):
+            raise WeightsError(f"{files.folder}: tensors {alias} and {name} differ, but this architecture ties them")
 
 
-def _read_tensor(files: WeightFiles, tensor: Tensor, index, dtype) -> np.ndarray:
-    try:
-        return np.ascontiguousarray(read_slice(files.slice(tensor.name), tensor.layout, index)).astype(dtype)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{files.where(tensor.name)} cannot be read ({error}); fetch the file again") from error
+class _Reader:
+    """Reads the leaves of a parameter tree."""
+
+    def __init__(self, files: WeightFiles, dtype: np.dtype, pool: ThreadPoolExecutor):
+        self.files, self.dtype, self.pool = files, dtype, pool
+        self.bits = np.dtype(f"u{dtype.itemsize}")  # numpy moves whole numbers faster than bfloat16
+        self.exponent = np.array(np.inf, dtype).view(self.bits)  # all its bits are set in what is not finite
+
+    def leaf(self, shape: tuple[int, ...], sources: list[Tensor], sharding: Sharding) -> jax.Array:
+        """One leaf on its devices; `sources` are its tensors, those of a stack in order."""
+        if sources[0].layer is None:
+            return self._block(shape, sources, sharding)
+        count, layer_bytes = len(sources), int(np.prod(shape[1:])) * self.dtype.itemsize
+        most = max(1, BLOCK_BYTES // layer_bytes)
+        layers = max(n for n in range(1, min(most, count) + 1) if count % n == 0)  # so that all blocks are one program
+        if layers == count:
+            return self._block(shape, sources, sharding)
+        stack = jnp.zeros(shape, self.dtype, device=sharding)
+        for start in range(0, count, layers):
+            block = self._block((layers, *shape[1:]), sources[start : start + layers], sharding)
+            stack = jax.block_until_ready(_insert(stack, block, np.int32(start)))
+        return stack
+
+    def _block(self, shape: tuple[int, ...], sources: list[Tensor], sharding: Sharding) -> jax.Array:
+        """One tensor, or `shape[0]` layers of a stack, on the devices."""
+        holders: dict[Part, list] = {}  # devices that hold the same part are given the same copy
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            part = tuple(entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True))
+            holders.setdefault(part, []).append(device)
+        ends = np.array(list(holders))
+        box = tuple(zip(ends[..., 0].min(0).tolist(), ends[..., 1].max(0).tolist(), strict=True))  # around all parts
+        buffer = np.empty([stop - start for start, stop in box], self.bits)
+        if sources[0].layer is None:
+            reads = list(self._reads(sources[0], box, buffer))
+        else:
+            rows = zip(sources[slice(*box[0])], buffer, strict=True)
+            reads = [read for source, row in rows for read in self._reads(source, box[1:], row)]
+        for _ in self.pool.map(lambda read: read(), reads):
+            pass
+        arrays = []
+        for part, devices in holders.items():
+            inside = tuple(slice(*np.subtract(ends, start)) for ends, (start, _) in zip(part, box, strict=True))
+            numbers = np.ascontiguousarray(buffer[inside]).view(self.dtype)
+            # Waited for: what is on its way to a device is still in the host's memory.
+            arrays += jax.block_until_ready([jax.device_put(numbers, device) for device in devices])
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _reads(self, tensor: Tensor, box: Part, buffer: np.ndarray) -> Iterator[Callable[[], None]]:
+        """The reads that together fill `buffer` with the part `box` of a tensor."""
+        first, last = box[_row_axis(tensor.layout)]
+        for start, stop in self.files.chunks(tensor.name, first, last, CHUNK_BYTES):
+            yield partial(self._read, tensor, start, stop, box, buffer)
+
+    def _read(self, tensor: Tensor, start: int, stop: int, box: Part, buffer: np.ndarray) -> None:
+        """Rows start ... stop - 1 of a tensor's file into their place in `buffer`."""
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+            rows = self.files.read(tensor.name, start, stop).astype(self.dtype, copy=False).view(self.bits)
+        if ((rows & self.exponent) == self.exponent).any():
+            raise WeightsError(
+                f"{self.files.tensors[tensor.name]} holds NaN, infinity or numbers beyond {self.dtype}; fetch the file "
+                "again, or load in bfloat16 or float32"
+            )
+        axis, numbers = _row_axis(tensor.layout), from_torch(rows, tensor.layout)
+        taken = [slice(*ends) for ends in box]
+        taken[axis] = slice(None)
+        numbers = numbers[tuple(taken)]
+        place = start - box[axis][0]
+        if axis == 0:
+            buffer[place : place + len(rows)] = numbers
+            return
+        for begin in range(0, len(rows), STRIPE):
+            stripe = numbers[..., begin : begin + STRIPE]
+            buffer[..., place + begin : place + begin + stripe.shape[-1]] = stripe
 
 
-def _whole(files: WeightFiles, name: str) -> np.ndarray:
-    return read_slice(files.slice(name), "same", ())
+@partial(jax.jit, donate_argnames="stack")
+def _insert(stack, block, start):
+    """The stack [L, ...] with `block` in the place of its layers from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(stack, block, start, axis=0)
 
 
-def _some(items: list[str], limit: int = 8) -> str:
-    return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
+def _row_axis(layout: str) -> int:
+    """Which dimension of ours is the first in the PyTorch layout."""
+    return 0 if layout == "same" else -1

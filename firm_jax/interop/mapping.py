@@ -87,14 +87,9 @@ def to_torch(array: np.ndarray, layout: str) -> np.ndarray:
     return array if permutation is None else array.transpose(permutation)
 
 
-def read_slice(source, layout: str, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` (in our layout) of a tensor that `source[...]` reads lazily in the PyTorch layout."""
+def from_torch(array: np.ndarray, layout: str) -> np.ndarray:
+    """The PyTorch layout -> ours, as a view; of some of the array's rows too."""
     if layout.startswith("patch:"):
-        rows, columns = index
-        block = np.asarray(source[columns])
-        return block.reshape(block.shape[0], -1).T[rows]
+        return array.reshape(array.shape[0], -1).T
     permutation = _PERMUTATIONS[layout]
-    if permutation is None:
-        return np.asarray(source[index] if index else source[()])
-    block = np.asarray(source[tuple(index[axis] for axis in permutation)])
-    return block.transpose(np.argsort(permutation))
+    return array if permutation is None else array.transpose(np.argsort(permutation))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from firm_jax.errors import ConfigError, WeightsError
+from firm_jax.interop.files import read_json
 
 # PyTorch class name -> module of this package, class
 CLASSES = {
@@ -44,11 +45,9 @@ def read_config(folder: Path) -> dict:
     """The folder's config.json; WeightsError when it is missing or not JSON."""
     file = Path(folder) / "config.json"
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except FileNotFoundError:
         raise WeightsError(f"{folder} is not a model folder: it has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from error
 
 
 def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
