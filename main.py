@@ -10,14 +10,17 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from firm_jax.config import parse_flags
 from firm_jax.errors import ConfigError, FirmError
+from firm_jax.processes import LOST_EXIT_CODE
 from firm_jax.run import STOPPED_EXIT_CODE, Stopped
 
 JOBS = {
@@ -36,6 +39,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"unexpected arguments {argv[1:]}; values are set as --config.key=value")
+    if flags.FLAGS["verbosity"].using_default_value:  # what libraries tell of every checkpoint is for their authors
+        absl_logging.set_verbosity(absl_logging.WARNING)
     config = _CONFIG.value
     if config.job not in JOBS:
         raise ConfigError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
@@ -84,6 +89,17 @@ def command_line() -> None:
     except FirmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        traceback.print_exc()
+        print(
+            "error: an operation of all processes has failed; most likely another process of the run is gone, and its "
+            "own messages say why. Checkpoints are whole: start the same command on every host again to continue.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST_EXIT_CODE)  # JAX's own ending would wait for the others, and abort
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def shard_batch(tree, mesh: Mesh | None, axis: int = 0):
     """
     if mesh is None or mesh.empty:
         return jax.tree.map(jax.numpy.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES)))
+    return _place(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES)))
 
 
 def to_host(tree):
@@ -80,4 +80,19 @@ def replicate(tree, mesh: Mesh | None):
     """Put arrays on every device of the mesh, whole."""
     if mesh is None or mesh.empty:
         return jax.tree.map(jax.numpy.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return _place(tree, NamedSharding(mesh, P()))
+
+
+def _place(tree, sharding: NamedSharding):
+    """Host arrays, on every process the same, as arrays on the mesh.
+
+    `jax.device_put` would first compare the processes' values, by a collective operation for every array.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree)

@@ -251,4 +251,4 @@ def shard_positions(positions: np.ndarray, mesh: Mesh | None):
     """Positions [3, B, T] on the mesh, B split as a batch is."""
     if mesh is None:
         return jnp.asarray(positions)
-    return jax.device_put(positions, jax.sharding.NamedSharding(mesh, P(None, BATCH_AXES, None)))
+    return shard_batch(positions, mesh, axis=1)

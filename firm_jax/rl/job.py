@@ -134,8 +134,9 @@ class Job:
         if run.is_main:
             write_quarantine(run.workdir / "quarantine.jsonl", self.prompts.quarantined)
         self._load()
-        lora = init_lora(self.keys[LORA], self.generator.params, self.lora)
-        lora = jax.device_put(lora, lora_shardings(lora, self.generator.sharding_rules, self.mesh))
+        draw = partial(init_lora, abstract_params=self.generator.params, config=self.lora)
+        placed = lora_shardings(jax.eval_shape(draw, self.keys[LORA]), self.generator.sharding_rules, self.mesh)
+        lora = jax.jit(draw, out_shardings=placed)(self.keys[LORA])
         optimizer = make_optimizer(settings)
         self._update = make_update(
             partial(self.generator.velocity, remat=settings.remat), optimizer, settings, self.lora.scale
