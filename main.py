@@ -1,9 +1,10 @@
 """Runs a job: `python main.py --config configs/gen_qma.py:tiny --workdir runs/tiny [--config.key=value ...]`.
 
 The same command started again in the same workdir continues the run. Exit codes: 0 done; 2 something to put right,
-said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue; 76 another process
-of the run is gone, start all again to continue. A second signal ends the process at once (143 or 130) and loses what
-was done since the last checkpoint.
+said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue: the RL job stops
+between two parts of a phase, as it was at the start of its epoch, other jobs at the end of theirs, and all of them at
+once before they have begun; 76 another process of the run is gone, start all again to continue. A second signal ends
+the process at once (143 or 130) and loses what was done since the last checkpoint.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from firm_jax import storage
 from firm_jax.config import parse_flags
 from firm_jax.errors import ConfigError, FirmError
 from firm_jax.processes import LOST_EXIT_CODE
@@ -85,12 +87,15 @@ def command_line() -> None:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        storage.leave(STOPPED_EXIT_CODE)
         sys.exit(STOPPED_EXIT_CODE)
     except FirmError as error:
         print(f"error: {error}", file=sys.stderr)
+        storage.leave(2)
         sys.exit(2)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            storage.leave(1)
             raise
         traceback.print_exc()
         print(
@@ -100,6 +105,9 @@ def command_line() -> None:
             flush=True,
         )
         os._exit(LOST_EXIT_CODE)  # JAX's own ending would wait for the others, and abort
+    except Exception:
+        storage.leave(1)
+        raise
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ This is the only module that knows Orbax.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from firm_jax import storage
 from firm_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
 # In place of a step, among processes that can only pass numbers on.
 NONE = -1
-
-# Storage that takes longer than this for one save is taken to hang.
-SAVE_TIMEOUT_SECONDS = 1200
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,10 @@ class Checkpointer:
         self.folder = Path(folder).absolute()
         self.keep = keep
         self._saving: threading.Thread | None = None
+        self._deadline = 0.0
         self._error: BaseException | None = None
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.folder)
             for leftover in [*self.folder.glob(".saving-*"), *self.folder.glob(".deleting-*")]:
                 shutil.rmtree(leftover)
 
@@ -95,26 +94,31 @@ class Checkpointer:
         try:
             if jax.process_index() == 0:
                 staging.mkdir(parents=True)
-                _write_json(staging / "data.json", data)
-                _write_json(staging / "meta.json", meta)
+                (staging / "data.json").write_bytes(_json(data))
+                (staging / "meta.json").write_bytes(_json(meta))
             _barrier(f"save-{step}")
             response = ocp.save_async(staging / "state", arrays)
         except (OSError, ValueError, RuntimeError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise self._save_error(step, error) from error
+        self._deadline = time.monotonic() + storage.TIMEOUT_SECONDS
         self._saving = threading.Thread(target=self._finish, args=(step, staging, response), daemon=True)
         self._saving.start()
 
     def wait(self) -> None:
-        """Wait until the save under way, if any, is on the disk; raises CheckpointError if it failed."""
+        """Wait until the save under way, if any, is on the disk; raises CheckpointError if it failed or hangs."""
         if self._saving is not None:
-            self._saving.join(SAVE_TIMEOUT_SECONDS)
+            self._saving.join(max(0.0, self._deadline - time.monotonic()))
             if self._saving.is_alive():
                 raise CheckpointError(
-                    f"a checkpoint in {self.folder} is not written after {SAVE_TIMEOUT_SECONDS} s: the storage hangs. "
-                    f"Earlier checkpoints are intact; start the same command again when it answers."
+                    f"a checkpoint in {self.folder} is not written after {storage.TIMEOUT_SECONDS} s: the storage "
+                    f"hangs. Earlier checkpoints are intact; start the same command again when it answers."
                 )
             self._saving = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the CheckpointError of a save that has failed by now."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -158,12 +162,17 @@ class Checkpointer:
         return Checkpoint(step, state, json.loads((path / "data.json").read_text()), meta)
 
     def latest_meta(self) -> dict[str, Any] | None:
-        """`meta.json` of the newest checkpoint whose `meta.json` can be read, without reading its arrays."""
+        """`meta.json` of the newest checkpoint in which it is as it was written, without reading the arrays."""
         for step in reversed(self.steps()):
+            path = self.folder / str(step)
             try:
-                return json.loads((self.folder / str(step) / "meta.json").read_text())
-            except (OSError, ValueError) as error:
-                logging.warning("cannot read meta.json of checkpoint %d: %s", step, error)
+                written = json.loads((path / MANIFEST).read_bytes())["files"]["meta.json"]
+                if _digest(path / "meta.json") == written:
+                    return json.loads((path / "meta.json").read_bytes())
+                problem = "its content has changed"
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problem = error
+            logging.warning("passing over meta.json of checkpoint %d: %s", step, problem)
         return None
 
     def _newest_whole(self) -> int:
@@ -182,10 +191,10 @@ class Checkpointer:
         try:
             response.result()
             if jax.process_index() == 0:
-                _write_json(staging / MANIFEST, {"files": _digests(staging)})
+                (staging / MANIFEST).write_bytes(_manifest(staging))
                 _sync_tree(staging)
                 staging.rename(self.folder / str(step))
-                _sync(self.folder)
+                storage.sync(self.folder)
                 for old in self.steps()[: -self.keep]:
                     # Renamed first: a kill half-way through the deletion must not leave half a checkpoint.
                     doomed = self.folder / f".deleting-{old}"
@@ -208,21 +217,23 @@ class Checkpointer:
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder by its manifest, in words; None if every byte is as it was written."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    if missing := sorted(expected.keys() - present):
-        return f"missing {', '.join(missing)}"
-    if unexpected := sorted(present - expected.keys()):
-        return f"unexpected {', '.join(unexpected)}"
-    for name, entry in expected.items():
-        size = (path / name).stat().st_size
-        if size != entry["size"]:
-            return f"{name} has {size} bytes instead of {entry['size']}"
-        if _sha256(path / name) != entry["sha256"]:
-            return f"the content of {name} has changed"
-    return None
+        written = (path / MANIFEST).read_bytes()
+        found = _manifest(path)
+        if written == found:
+            return None
+        expected, present = (json.loads(manifest)["files"] for manifest in (written, found))
+        if missing := sorted(expected.keys() - present.keys()):
+            return f"missing {', '.join(missing)}"
+        if unexpected := sorted(present.keys() - expected.keys()):
+            return f"unexpected {', '.join(unexpected)}"
+        for name, entry in expected.items():
+            if entry["size"] != present[name]["size"]:
+                return f"{name} has {present[name]['size']} bytes instead of {entry['size']}"
+            if entry["sha256"] != present[name]["sha256"]:
+                return f"the content of {name} has changed"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {error!r}"
+    return f"the content of {MANIFEST} has changed"
 
 
 def _check_fits(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -281,32 +292,25 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+def _manifest(folder: Path) -> bytes:
+    """The manifest of what is in a checkpoint's folder, byte for byte as it is written there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    return _json({"files": {str(file.relative_to(folder)): _digest(file) for file in files}})
 
 
 def _sync_tree(folder: Path) -> None:
     """Force a folder and all it holds to the disk, so that the rename that follows never outlives the content."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        storage.sync(path)
 
 
 def _unused(path: Path) -> Path:

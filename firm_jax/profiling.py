@@ -1,10 +1,12 @@
 """Seeing where the time goes: XProf traces of chosen iterations, phase timers, and the share of the peak in use."""
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -48,31 +50,76 @@ def model_flops_utilisation(flops: float, seconds: float, devices: int | None = 
     return flops / seconds / (peak * (devices or jax.device_count()))
 
 
+# The phases that the run is there for. Not evaluation, waiting for a checkpoint, or anything before the first epoch.
+PRODUCTIVE = ("rollout", "critic", "update")
+
+
 class PhaseTimers:
-    """Seconds spent in named phases since the last report; each phase also stands, by its name, in a profile."""
+    """Where a run's time goes: seconds in named phases since the last report, and its goodput since it first started.
+
+    Goodput is productive time over wall time. Productive is what the phases PRODUCTIVE took, less the compiling in
+    them, of the epochs that are part of the result: an epoch that a restart does again counts once. Wall time is all
+    that the clock says since the run first started: loading, compiling, evaluation, checkpoints, epochs that were lost,
+    and the time between a stop and the next start. (A stretch that ended before its first line of metrics is unknown.)
+    """
 
     def __init__(self):
         self._seconds = defaultdict(float)
+        self._compiling = _compiling().seconds
         self._since = time.perf_counter()
+        self._started, self._productive = time.time(), 0.0
+
+    def resume(self, lost: dict[str, Any] | None, kept: dict[str, Any] | None) -> None:
+        """Go on from a run's lines of metrics: the last one that it wrote, and the last one that still counts."""
+        if lost:
+            self._started = lost["time"] - lost.get("goodput/wall_s", 0.0)
+        self._productive = kept.get("goodput/productive_s", 0.0) if kept else 0.0
 
     @contextlib.contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Time a block. What it computes must be waited for inside it, or the time lands in the next phase."""
-        start = time.perf_counter()
+        start, compiling = time.perf_counter(), _compiling().seconds
         try:
             with jax.profiler.TraceAnnotation(phase):
                 yield
         finally:
-            self._seconds[phase] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[phase] += seconds
+            if phase in PRODUCTIVE:
+                self._productive += max(0.0, seconds - (_compiling().seconds - compiling))
 
     def report(self) -> dict[str, float]:
-        """`time/<phase>` for every phase, and `time/wall` in all, in seconds since the last report; then start over."""
-        now = time.perf_counter()
+        """Times in seconds; those of the phases start over.
+
+        `time/<phase>` for every phase, `time/compile` wherever it was and `time/wall` in all, since the last report;
+        `goodput/productive_s` and `goodput/wall_s` since the run first started, `goodput/fraction` their ratio.
+        """
+        now, compiling = time.perf_counter(), _compiling().seconds
         times = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        times["time/wall"] = now - self._since
+        times |= {"time/compile": compiling - self._compiling, "time/wall": now - self._since}
         self._seconds.clear()
-        self._since = now
-        return times
+        self._since, self._compiling = now, compiling
+        # A clock that was set back must not make it more than 1.
+        wall = max(time.time() - self._started, self._productive, 1e-3)
+        goodput = {"productive_s": self._productive, "wall_s": wall, "fraction": self._productive / wall}
+        return times | {f"goodput/{name}": value for name, value in goodput.items()}
+
+
+class _CompileClock:
+    """Seconds that JAX spent on tracing, lowering and compiling, or on reading a program from its cache."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, duration: float, **details: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += duration
+
+
+@functools.cache
+def _compiling() -> _CompileClock:
+    return _CompileClock()
 
 
 class ProfileWindow:

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
+from firm_jax import storage
 from firm_jax.charts import COLOURS, line_chart
 
 _SMALLEST_TILE = 224
@@ -95,7 +96,7 @@ def write_report(workdir: str | Path) -> Path:
         )
     )
     path = workdir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    storage.replace(path, page)
     return path
 
 
@@ -104,9 +105,9 @@ _SHARED_CHARTS = {
     "reward by criterion": re.compile(r"reward/(?!mean$|std$|zero_std_ratio$|group_std$|missing$|.*_se$).*"),
     "seconds an epoch": re.compile(r"time/.*"),
 }
-_CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "time")
+_CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "goodput", "time")
 _HEADLINES = ("eval/oracle_fraction", "eval/oracle_accuracy", "reward/mean")
-_NOT_DRAWN = ("step", "epoch", "time", "non_finite")
+_NOT_DRAWN = ("step", "epoch", "time", "non_finite", "checkpoint/damaged", "goodput/productive_s", "goodput/wall_s")
 
 
 def _headlines(rows: list[dict]) -> list[dict]:

@@ -17,15 +17,13 @@ import contextlib
 import json
 import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -33,12 +31,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from firm_jax import storage
 from firm_jax.checkpoint import Checkpointer
 from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
 from firm_jax.metrics import JsonLines, MetricWriter, headline
 from firm_jax.processes import ProcessWatch
 from firm_jax.profiling import PhaseTimers, ProfileWindow
 from firm_jax.report import image_grid, write_report
+from firm_jax.signals import StopSignals
 from firm_jax.workdir import WorkdirLock, check_same_config, plain_config, prepare_workdir
 
 # EX_TEMPFAIL: stopped on request with everything saved; the same command continues the run.
@@ -48,7 +48,7 @@ REFUSED = -1  # in place of a start's number: the folder is another run's
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT was seen and the run is saved. `main.py` ends with STOPPED_EXIT_CODE."""
+    """SIGTERM or SIGINT was seen and what there is to save is saved. `main.py` ends with STOPPED_EXIT_CODE."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,22 @@ class Run:
         self.base_weights = base_weights or {}
         self.images_folder = self.workdir / "images"
         self._plain_config = plain_config(config)
-        self._signals_seen = 0
+        self._signals = StopSignals(self._on_signal)
+        self._begun = False
+        self._held: dict[str, Any] | None = None
         self._lengths_before: dict[str, int] | None = None
         self._timers = PhaseTimers()
 
     def __enter__(self) -> "Run":
+        try:
+            self._enter()
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot start in {self.workdir}: {error}. Make room there, or pass a --workdir that can be written to."
+            ) from error
+        return self
+
+    def _enter(self) -> None:
         with contextlib.ExitStack() as stack:
             start = self._lock_folder(stack)
             self._watch = None
@@ -123,9 +134,8 @@ class Run:
             profile = self.config.profile
             self._profile = ProfileWindow(profile.start, profile.steps, self.workdir / "profile")
             stack.callback(self._profile.close)
-            stack.enter_context(self._signals())
+            stack.enter_context(self._signals)
             self._stack = stack.pop_all()
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if self._watch is not None and error is not None and not isinstance(error, Stopped):
@@ -134,7 +144,8 @@ class Run:
             try:
                 self._checkpointer.wait()
                 if self.is_main:
-                    write_report(self.workdir)
+                    with storage.limited(f"writing the report in {self.workdir}"):
+                        write_report(self.workdir)
             except (CheckpointError, OSError) as ending_error:
                 if error is not None:  # the first failure is the one to show
                     logging.error("%s", ending_error)
@@ -188,9 +199,6 @@ class Run:
         Raises:
             CheckpointError: This save cannot start or the previous one failed; earlier checkpoints are intact.
         """
-        if self.is_main:
-            self._metrics.sync()
-            self._judgements.sync()
         meta = {
             "step": int(step),
             "epoch": int(epoch),
@@ -199,7 +207,23 @@ class Run:
             "versions": _versions(),
             "lengths": self._lengths_before or self._lengths(),
         }
-        self._checkpointer.save(int(step), state, data, meta)
+        with storage.limited(f"saving in {self.workdir}"):
+            if self.is_main:
+                self._metrics.sync()
+                self._judgements.sync()
+            self._checkpointer.save(int(step), state, data, meta)
+
+    def hold(self, state: Any, data: Any = None, *, step: int, epoch: int) -> None:
+        """To be called first in an iteration: from here to its `safe_point` the run can go back to this, and be saved.
+
+        It does where `progress` finds that it was asked to stop, so that a stop takes no longer than one part of a
+        phase. The arrays must not be donated before the safe point.
+        """
+        self._held = {"state": state, "data": data, "step": step, "epoch": epoch}
+
+    def save_held(self) -> None:
+        """Save the run as it was when `hold` was called."""
+        self.save(**self._held)
 
     def safe_point(self, state: Any, data: Any = None, *, step: int, epoch: int, epoch_ends: bool = True) -> None:
         """To be called where `state` and `data` are consistent: saves when it is time, stops when asked to.
@@ -208,9 +232,9 @@ class Run:
 
         Raises:
             Stopped: SIGTERM or SIGINT was seen; the state is saved.
-            CheckpointError: As for `save`.
+            CheckpointError: As for `save`, or a save in the background has failed.
         """
-        self._lengths_before = None
+        self._lengths_before = self._held = None
         every, last = self.config.checkpoint.every, self.config.train.epochs
         due = epoch_ends and (epoch == last or (every > 0 and epoch % every == 0))
         stop = self.should_stop()
@@ -222,17 +246,19 @@ class Run:
             raise Stopped(
                 f"stopped on request after {epoch} epochs, saved in {self.workdir}; the same command continues"
             )
+        self._checkpointer.check()
 
     def should_stop(self) -> bool:
         """Whether SIGTERM or SIGINT has been seen, by any process: all get the same answer, and all have to ask."""
         if jax.process_count() == 1:
-            return self._signals_seen > 0
-        return bool(multihost_utils.process_allgather(np.int32(self._signals_seen)).any())
+            return self._signals.seen
+        return bool(multihost_utils.process_allgather(np.int32(self._signals.seen)).any())
 
     # Observability
 
     def loop(self, first: int, last: int) -> Iterator[int]:
         """Numbers first ... last - 1: the iterations that `profile.start` and `profile.steps` count."""
+        self._begun = True
         for number in range(first, last):
             self._lengths_before = self._lengths()
             with self._profile.iteration(number):
@@ -254,7 +280,9 @@ class Run:
             The metrics as plain Python numbers, None for what is unknown or not finite.
         """
         times = self._timers.report()
-        values = self._metrics.write(step, epoch, metrics | times)
+        with storage.limited(f"writing in {self.workdir}"):
+            damaged = {"checkpoint/damaged": len(self._checkpointer.damaged())} if self.is_main else {}
+            values = self._metrics.write(step, epoch, metrics | damaged | times)
         self.say(f"epoch {epoch}  step {step}  {headline(values)}  {times['time/wall']:.1f} s")
         return values
 
@@ -264,12 +292,16 @@ class Run:
             tqdm.write(line, file=sys.stderr)
 
     def progress(self, iterable: Iterable | None = None, description: str = "", total: int | None = None) -> tqdm:
-        """A bar over a long phase. Where there is no terminal, a line every few seconds instead."""
+        """A bar over a long phase. Where there is no terminal, a line every few seconds instead.
+
+        Between two items the run can be stopped, if it has something to go back to (`hold`): every process has to go
+        through the same number of them.
+        """
         terminal = sys.stderr.isatty()
         return tqdm(
-            iterable,
+            iterable if iterable is None else self._interruptible(iterable),
             desc=description,
-            total=total,
+            total=len(iterable) if total is None and isinstance(iterable, Sized) else total,
             disable=not self.is_main,
             leave=not terminal,
             mininterval=0.1 if terminal else 5.0,
@@ -292,14 +324,26 @@ class Run:
         """
         path = self.images_folder / f"{tag.replace('/', '-')}_{epoch:05d}.png"
         if self.is_main:
-            self._metrics.image(tag, image_grid(images, captions, columns, path), step)
+            with storage.limited(f"writing {path}"):
+                self._metrics.image(tag, self._write_grid(path, images, captions, columns), step)
         return path
+
+    def _write_grid(self, path: Path, images: Any, captions: Sequence[str], columns: int) -> np.ndarray:
+        try:
+            return image_grid(images, captions, columns, path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise WorkdirError(
+                f"cannot write {path}: {error}. Free some space and start the same command again: the run continues "
+                f"from its last checkpoint."
+            ) from error
 
     def judgements(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records, one a judged image, to `judgements.jsonl`."""
         if self.is_main:
-            for record in records:
-                self._judgements.append(record)
+            with storage.limited(f"writing in {self.workdir}"):
+                for record in records:
+                    self._judgements.append(record)
 
     # Inside
 
@@ -319,37 +363,43 @@ class Run:
             raise refusal or WorkdirError(f"{self.workdir} is in use by another run; process 0 says by which")
         return start
 
+    def _on_signal(self) -> None:
+        """Before the first iteration there is nothing to lose, but other processes must not be left waiting."""
+        if not self._begun and jax.process_count() == 1:
+            self._stop_before_start()
+
+    def _interruptible(self, items: Iterable) -> Iterator:
+        for item in items:
+            if self._held and self.should_stop():
+                self.save_held()
+                self._checkpointer.wait()
+                raise Stopped(
+                    f"stopped on request in epoch {self._held['epoch'] + 1}, saved in {self.workdir} as it was before "
+                    f"it; the same command continues"
+                )
+            if not self._begun and jax.process_count() > 1 and self.should_stop():
+                self._stop_before_start()
+            yield item
+
+    def _stop_before_start(self) -> NoReturn:
+        raise Stopped(
+            f"stopped on request before training went on in {self.workdir}: nothing to save; the same "
+            f"command starts again"
+        )
+
     def _lengths(self) -> dict[str, int]:
         """How far the run's files are written, in bytes."""
         return {"metrics": self._metrics.length, "judgements": self._judgements.length} if self.is_main else {}
 
     def _rewind(self, lengths: dict[str, int], step: int) -> None:
+        lost = self._metrics.last()
         self._metrics.rewind(lengths.get("metrics", 0), step)
+        self._timers.resume(lost, self._metrics.last())
         if self.is_main:
             self._judgements.rewind(lengths.get("judgements", 0))
 
     def _write_config(self) -> None:
-        (self.workdir / "config.json").write_text(json.dumps(self._plain_config, indent=2))
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the first asks for a save at the next safe point, the second ends the process at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, frame: Any) -> None:
-            self._signals_seen += 1
-            if self._signals_seen > 1:
-                os._exit(128 + number)
-            os.write(2, b"\nsaving at the next safe point, then stopping; once more to stop at once\n")
-
-        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        storage.replace(self.workdir / "config.json", json.dumps(self._plain_config, indent=2))
 
 
 def _check_values(config: Any) -> None:

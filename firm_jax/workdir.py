@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import logging
 
+from firm_jax import storage
 from firm_jax.errors import ConfigError, WorkdirError
 
 # What may differ between the start of a run and its continuation: how long, how often, where, how patiently, not what
@@ -35,7 +36,7 @@ def prepare_workdir(workdir: str | Path) -> Path:
     """Create the folder if need be and make sure that it can be written. Raises WorkdirError."""
     workdir = Path(workdir).expanduser().absolute()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(workdir)
         probe = workdir / f".write-test-{os.getpid()}"
         probe.write_text("x")
         probe.unlink()

@@ -60,6 +60,16 @@ def initial_state(config):
     return {"weights": weights, "optimizer": optax.adam(0.1).init(weights), "key": key}
 
 
+def keep_the_device_busy(run, epoch):
+    """An endless program: the main thread waits for it outside Python."""
+    run.say("busy")
+    jax.lax.while_loop(lambda x: x > 0, lambda x: jnp.sqrt(x), jnp.float32(2)).block_until_ready()
+
+
+def train_on_a_busy_device(config, workdir):
+    return train(config, workdir, at_epoch=keep_the_device_busy)
+
+
 def train(config, workdir, at_epoch=None):
     """Returns the final state; `at_epoch(run, epoch)` is called in the middle of every epoch."""
     with Run(config, workdir) as run:

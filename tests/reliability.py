@@ -30,12 +30,14 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         ),
         "preempted": Fault(
             "SIGTERM or Ctrl-C",
-            "The run saves at its next safe point and exits with code 75; the same command continues it to the same "
-            "bits. A second signal ends it at once (143 or 130).",
+            "The RL job stops within the epoch, between two batches of pictures, answers or updates, and saves how it "
+            "was at the epoch's start; before the first epoch it stops at once. The exit code is 75, and the same "
+            "command continues to the same bits. A second signal ends it at once (143 or 130), whatever it waits for.",
         ),
         "power-loss": Fault(
             "The power fails right after a checkpoint",
-            "Its files and their folder are forced to the disk before the rename that makes it a checkpoint.",
+            "Its files, their folders and the lines of metrics that it covers are forced to the disk before the "
+            "rename that makes it a checkpoint, and that one before an older checkpoint is deleted.",
         ),
         "other-mesh": Fault(
             "The run continues on other devices, or on more or fewer of them",
@@ -50,15 +52,18 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         "damaged-checkpoint": Fault(
             "A bit flips in a checkpoint, a file of it is cut short, missing or added",
             "Every file's size and hash are in its manifest. The checkpoint is set aside, loudly, and the one before "
-            "it is used; with none left the run refuses to start over by itself.",
+            "it is used, and `checkpoint/damaged` counts it; with none left the run refuses to start over by itself.",
         ),
         "disk-full": Fault(
-            "The disk is full when a checkpoint is saved",
-            "The checkpoints before stay whole, no half one is left, and the run ends with an error that says so.",
+            "The disk is full",
+            "The checkpoints before stay whole, no half one is left, and the run ends with exit code 2 and an error "
+            "that says where; with room again the same command continues to the same bits. Only TensorBoard's copy of "
+            "the metrics may end early.",
         ),
         "hanging-storage": Fault(
-            "The storage hangs during a save",
-            "After a limit the run ends with an error; the checkpoints before stay whole.",
+            "The storage hangs, during a save or a line of metrics",
+            "After a limit (20 minutes) the process ends with an error, also when threads of its libraries never do; "
+            "the checkpoints before stay whole.",
         ),
         "other-model": Fault(
             "The checkpoint is of another model, other base weights or a config that contradicts this one",

@@ -4,35 +4,19 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import harness_job
 import jax
 import numpy as np
 import pytest
+from harness_process import assert_same_run, has_checkpoint, read_until, records, start, wait_for
 
 from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
-from firm_jax.profiling import model_flops_utilisation, peak_flops
+from firm_jax.profiling import PhaseTimers, model_flops_utilisation, peak_flops
 from firm_jax.run import Run, Stopped
 from firm_jax.workdir import STALE_SECONDS, WorkdirLock, contradictions
-
-
-def records(workdir, name="metrics.jsonl"):
-    """The lines of a file without what is allowed to differ between runs: times."""
-    lines = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time")} for line in lines]
-
-
-def assert_same_run(workdir, state, straight_workdir, straight_state):
-    jax.tree.map(np.testing.assert_array_equal, state, straight_state)
-    for name in ("metrics.jsonl", "judgements.jsonl"):
-        assert records(workdir, name) == records(straight_workdir, name)
-    pictures = [sorted(path.name for path in (folder / "images").iterdir()) for folder in (workdir, straight_workdir)]
-    assert pictures[0] == pictures[1]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +57,7 @@ def raise_at(epoch):
     return at_epoch
 
 
+@pytest.mark.fault("preempted")
 @pytest.mark.parametrize(("interruption", "error"), [(stop_at(2), Stopped), (raise_at(3), RuntimeError)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, interruption, error):
     before = signal.getsignal(signal.SIGTERM)
@@ -111,28 +96,7 @@ def test_a_finished_run_ends_at_once(tmp_path, straight):
     assert_same_run(tmp_path, harness_job.train(harness_job.get_config(), tmp_path), *straight)
 
 
-def start(workdir, *overrides, pause):
-    """The slow variant in a process of its own, through main.py."""
-    program = "import main; main.JOBS['fit_matrix'] = 'harness_job:train'; main.command_line()"
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "PAUSE": str(pause), "JAX_PLATFORMS": "cpu"}
-    arguments = ["--config", f"{tests / 'harness_job.py'}:slow", "--workdir", str(workdir), *overrides]
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, process, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "too slow"
-        time.sleep(0.01)
-
-
-def has_checkpoint(workdir, step):
-    return lambda: any(path.name.isdigit() and int(path.name) >= step for path in workdir.glob("checkpoints/*"))
-
-
+@pytest.mark.fault("killed")
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment(tmp_path, kills):
     config = harness_job.get_config("slow")
@@ -151,7 +115,8 @@ def test_kill_9_at_any_moment(tmp_path, kills):
     assert_same_run(workdir, state, straight, expected)
 
 
-def test_sigterm_saves_and_a_second_ends_at_once(tmp_path):
+@pytest.mark.fault("preempted")
+def test_sigterm_saves_and_exits_with_its_own_code(tmp_path):
     process = start(tmp_path, pause=0.5)
     wait_for(has_checkpoint(tmp_path, 3), process)
     process.terminate()
@@ -160,14 +125,22 @@ def test_sigterm_saves_and_a_second_ends_at_once(tmp_path):
     assert "the same command continues" in errors and "Traceback" not in errors
     saved = max(int(path.name) for path in tmp_path.glob("checkpoints/*"))
     assert records(tmp_path)[-1]["step"] == saved
-    process = start(tmp_path, pause=30)
-    for awaited in ("continuing from checkpoint", "saving at the next safe point"):
-        next(line for line in process.stderr if awaited in line)
-        process.terminate()
+
+
+@pytest.mark.fault("preempted")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once_whatever_it_waits_for(tmp_path, number):
+    process = start(tmp_path, job="train_on_a_busy_device")
+    read_until(process, "busy")
+    time.sleep(0.5)
+    process.send_signal(number)
+    read_until(process, "stopping as soon as the run is saved; once more")
+    process.send_signal(number)
     process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
 
 
+@pytest.mark.fault("other-model")
 def test_a_config_that_contradicts_the_checkpoint_names_the_keys(tmp_path):
     config = harness_job.get_config()
     config.train.epochs = 2
@@ -188,6 +161,7 @@ def test_contradictions_see_missing_keys_and_nested_values():
     assert contradictions(saved, now) == ["a.c: [1, 2] -> [1, 3]", "d: '(absent)' -> None"]
 
 
+@pytest.mark.fault("other-model")
 def test_other_base_weights_are_refused(tmp_path):
     config = harness_job.get_config()
     with Run(config, tmp_path, {"transformer": "sha256:1"}) as run:
@@ -213,6 +187,7 @@ def test_an_unwritable_workdir_is_an_error(tmp_path):
         Run(harness_job.get_config(), tmp_path / "file" / "run")
 
 
+@pytest.mark.fault("two-runs")
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
     with Run(harness_job.get_config(), tmp_path):
         with pytest.raises(WorkdirError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}"):
@@ -227,6 +202,7 @@ def lock_of(path, host, age):
     path.write_text(json.dumps({"pid": 1, "host": host, "started": "then", "heartbeat": time.time() - age}))
 
 
+@pytest.mark.fault("two-runs")
 def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(tmp_path, caplog):
     for host, age in ((socket.gethostname(), 0), ("elsewhere", STALE_SECONDS + 1)):
         lock_of(tmp_path / "run.lock", host, age)
@@ -237,6 +213,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(tmp_path, caplog
         caplog.clear()
 
 
+@pytest.mark.fault("two-runs")
 def test_without_kernel_locks_the_heartbeat_decides(tmp_path, monkeypatch, caplog):
     def unsupported(*arguments):
         raise OSError("Function not implemented")
@@ -252,6 +229,7 @@ def test_without_kernel_locks_the_heartbeat_decides(tmp_path, monkeypatch, caplo
     lock.release()
 
 
+@pytest.mark.fault("two-runs")
 def test_a_lock_with_a_fresh_heartbeat_elsewhere_is_respected(tmp_path):
     lock_of(tmp_path / "run.lock", "elsewhere", 1)
     with pytest.raises(WorkdirError, match="in use by process 1 on elsewhere"):
@@ -291,3 +269,62 @@ def test_the_share_of_the_peak_is_unknown_where_the_peak_is():
     assert peak_flops("cpu") is None
     assert peak_flops("TPU v5p") == 459e12
     assert model_flops_utilisation(1e12, 1.0) is None
+
+
+def test_goodput_counts_what_the_run_is_for_over_all_its_starts():
+    timers = PhaseTimers()
+    with timers.measure("update"):
+        time.sleep(0.3)
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 0.2)
+    with timers.measure("eval"):
+        time.sleep(0.1)
+    times = timers.report()
+    assert times["time/compile"] == pytest.approx(0.2)
+    assert 0.1 <= times["goodput/productive_s"] == pytest.approx(times["time/update"] - 0.2)
+    assert times["time/update"] + times["time/eval"] < times["goodput/wall_s"]
+    assert times["goodput/fraction"] == times["goodput/productive_s"] / times["goodput/wall_s"]
+
+    resumed = PhaseTimers()
+    lost = {"time": time.time() - 100, "goodput/wall_s": 50.0, "goodput/productive_s": 40.0}
+    resumed.resume(lost, lost | {"goodput/productive_s": 30.0})
+    times = resumed.report()
+    assert times["goodput/productive_s"] == 30 and times["goodput/wall_s"] == pytest.approx(150, abs=5)
+
+
+def test_goodput_goes_on_where_the_run_does_and_counts_an_epoch_once(tmp_path):
+    def lines():
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    def slow_epoch(run, epoch):
+        with run.timer("rollout"):
+            time.sleep(0.2)
+        if epoch == 3 and len(lines()) == 3 and not interrupted:
+            interrupted.append(epoch)
+            raise RuntimeError("power cut")
+
+    interrupted = []
+    with pytest.raises(RuntimeError):
+        harness_job.train(harness_job.get_config(), tmp_path, at_epoch=slow_epoch)
+    harness_job.train(harness_job.get_config(), tmp_path, at_epoch=slow_epoch)
+    assert interrupted
+    walls = [line["goodput/wall_s"] for line in lines()]
+    assert walls == sorted(walls) and walls[-1] > 8 * 0.2, "the lost epochs took their time"
+    for line in lines():
+        assert 0.2 * line["epoch"] <= line["goodput/productive_s"] < 0.2 * (line["epoch"] + 1)
+        assert line["goodput/fraction"] < 1
+
+
+@pytest.mark.fault("damaged-checkpoint")
+@pytest.mark.parametrize(("good", "bad"), [(b'"seed": 0', b'"seed": 1'), (b'"config"', b'"confih"')])
+def test_a_damaged_meta_that_is_still_json_fools_nobody(tmp_path, straight, good, bad):
+    with pytest.raises(RuntimeError):
+        harness_job.train(harness_job.get_config(), tmp_path, at_epoch=raise_at(5))
+    meta = tmp_path / "checkpoints" / "12" / "meta.json"
+    assert meta.read_bytes().count(good) == 1
+    meta.write_bytes(meta.read_bytes().replace(good, bad))
+    state = harness_job.train(harness_job.get_config(), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, straight[1])
+    found = records(tmp_path)
+    assert [line["checkpoint/damaged"] for line in found] == [0, 0, 1, 1, 1, 1]
+    assert [line | {"checkpoint/damaged": 0} for line in found] == records(straight[0])
+    assert "12.damaged" in (tmp_path / "report.html").read_text()

@@ -162,7 +162,7 @@ def optimizer_leaf(state, names) -> list:
 
 def metrics_of(workdir) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "goodput"))} for line in lines]
 
 
 def test_a_stopped_run_continues_bit_for_bit(file, folder, tmp_path, monkeypatch, one_device):

@@ -83,7 +83,7 @@ def lines(file: Path) -> list[dict]:
 def results(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without how long things took."""
     return [
-        {name: value for name, value in line.items() if not name.startswith(("time", "throughput"))}
+        {name: value for name, value in line.items() if not name.startswith(("time", "throughput", "goodput"))}
         for line in lines(workdir / "metrics.jsonl")
     ]
 
@@ -177,28 +177,71 @@ def test_the_policies_have_moved(finished):
 # Stopping and starting again
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(world, finished, tmp_path):
-    class Interrupting(ScriptedCritic):
-        calls = 0
+def interrupt():
+    os.kill(os.getpid(), signal.SIGTERM)
 
-        def judge(self, requests, **given):
-            Interrupting.calls += 1
-            if Interrupting.calls == 3:  # before training, epoch 1, epoch 2
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().judge(requests, **given)
 
-    config = config_for(world, **MAIN)
-    with pytest.raises(Stopped, match="after 2 epochs"):
-        run(config, tmp_path, main_critic(Interrupting))
-    run(config, tmp_path, main_critic())
-    assert results(tmp_path) == results(finished)
-    assert (tmp_path / "judgements.jsonl").read_bytes() == (finished / "judgements.jsonl").read_bytes()
-    expected = last_state(finished)
-    assert last_state(tmp_path).keys() == expected.keys()
-    for name, array in last_state(tmp_path).items():
+def assert_same_run(workdir, expected_workdir):
+    assert results(workdir) == results(expected_workdir)
+    assert (workdir / "judgements.jsonl").read_bytes() == (expected_workdir / "judgements.jsonl").read_bytes()
+    expected = last_state(expected_workdir)
+    assert last_state(workdir).keys() == expected.keys()
+    for name, array in last_state(workdir).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+@pytest.mark.fault("preempted")
+def test_a_run_stopped_within_phases_stops_at_once_and_ends_as_if_it_had_not_been(
+    world, finished, tmp_path, monkeypatch
+):
+    class Interrupting(ScriptedCritic):
+        """Meets a signal when it is asked the n-th time: before training, in an epoch, in the evaluation after it."""
+
+        def __init__(self, call, **given):
+            super().__init__(**given)
+            self.call, self.calls, self.answers = call, 0, 0
+
+        def judge(self, requests, **given):
+            self.calls += 1
+            if self.calls == self.call:
+                interrupt()
+            return super().judge(requests, **given)
+
+        def _judge(self, request):
+            self.answers += self.calls >= self.call
+            return super()._judge(request)
+
+    def stopped(message, saved, call=99):
+        critic = main_critic(partial(Interrupting, call))
+        with pytest.raises(Stopped, match=message):
+            run(config_for(world, **MAIN, checkpoint__every=0), tmp_path, critic)
+        assert critic.answers == 0, "it went on"
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == saved
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job.Generator, "from_pretrained", lambda *args, **given: interrupt())
+        stopped("before training went on .*nothing to save", [])
+    stopped("before training went on .*nothing to save", [], call=1)
+    stopped("in epoch 1, saved in .* as it was before it", ["0"], call=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "optimizer_batches", interrupted_after_one(job.optimizer_batches))
+        stopped("in epoch 1, saved in .* as it was before it", ["0"])
+    stopped("in epoch 2, saved in .* as it was before it", ["0", "2"], call=3)
+    run(config_for(world, **MAIN), tmp_path, main_critic())
+    assert_same_run(tmp_path, finished)
+
+
+def interrupted_after_one(batches):
+    def interrupted(*args):
+        for number, batch in enumerate(batches(*args)):
+            if number:
+                interrupt()
+            yield batch
+
+    return interrupted
+
+
+@pytest.mark.fault("other-model")
 def test_another_config_in_the_same_folder_is_refused_before_anything_is_loaded(world, finished, monkeypatch):
     monkeypatch.setattr(job.Generator, "from_pretrained", lambda *args, **given: pytest.fail("loaded"))
     config = config_for(world, **MAIN, train__learning_rate=0.5, lora__alpha=1.0)

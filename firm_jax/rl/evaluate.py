@@ -56,7 +56,14 @@ class Evaluator:
         count, kind = min(self.config.eval.judged, len(images)), self.config.critic.score
         if count == 0:
             return {}, [""] * len(images)
-        judged = judge(self.critic, images[:count], self.prompts[:count], self.reward.criteria, self.config.critic)
+        judged = judge(
+            self.critic,
+            images[:count],
+            self.prompts[:count],
+            self.reward.criteria,
+            self.config.critic,
+            lambda batches: self.run.progress(batches, "judging"),
+        )
         pairs = {name: scores(judgements, kind) for name, judgements in judged.items()}
         rewards, valid = self.reward({n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()})
         rewards = np.asarray(rewards)

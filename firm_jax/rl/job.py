@@ -168,7 +168,8 @@ class Job:
 
     def next_group(self, state: dict) -> EpochGroups:
         """P prompts and the K images of each. Remembers where everything stands, for a stop within the epoch."""
-        self._start, self._started = (state, self._data()), time.perf_counter()
+        self._step, self._started, data = int(state["step"]), time.perf_counter(), self._data()
+        self.run.hold(state, data, step=self._step, epoch=data["groups"]["epoch"])
         group = next(self.groups)
         self.drawn_for = [group.prompts[row] for row in group.group_ids]
         self.conditioning = self.generator.encode_prompts(
@@ -220,7 +221,7 @@ class Job:
         batches = optimizer_batches(group, latents, r, valid, self._sigmas, self.config.seed, settings, self.mesh)
         key = jax.random.fold_in(self.keys[UPDATE], group.epoch)
         with self.run.timer("update"):
-            for batch in batches:
+            for batch in self.run.progress(batches, "update", settings.updates_per_epoch):
                 state, one = self._update(self.generator.params, state, self.conditioning, batch, key)
                 terms.append({name: value.item() for name, value in jax.device_get(one).items()})
                 if terms[-1]["update/skipped"]:
@@ -236,7 +237,7 @@ class Job:
         reason = "loss or gradient not finite" if terms["update/samples"] else "no image has a reward"
         record = {
             "epoch": group.epoch,
-            "step": int(self._start[0]["step"]),
+            "step": self._step,
             "reason": reason,
             **{name: repr(value) for name, value in terms.items()},
             "prompts": [group.prompts[row].text for row in np.unique(to_host(batch["prompt"]))],
@@ -256,8 +257,7 @@ class Job:
 
     def _stop(self, group: EpochGroups, kind: type[FirmError], message: str) -> NoReturn:
         """End the run with an error, saved as it was at the epoch's start."""
-        state, data = self._start
-        self.run.save(state, data, step=int(state["step"]), epoch=group.epoch)
+        self.run.save_held()
         raise kind(f"epoch {group.epoch + 1}: {message} The run is saved in {self.run.workdir} as it was before it.")
 
     def end_epoch(self, state: dict, group: EpochGroups, judged, rewards, valid, terms) -> None:
