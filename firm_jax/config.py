@@ -1,8 +1,11 @@
 """The one place that reads a run's config: `file.py:variant` plus `--config.key=value`, with errors that help."""
 
 import difflib
+import functools
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import getitem
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +27,7 @@ def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) 
     return variants[name]()
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """A `flags_parser` for `absl.app.run`: checks file, variant and keys first, so that each error names its remedy.
 
     Raises ConfigError.
@@ -37,9 +40,21 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             if argument.startswith(("--config.", "-config.")):
                 check_key(config, argument.lstrip("-").removeprefix("config.").partition("=")[0], source)
     try:
-        return flags.FLAGS(argv)
+        rest = flag_values(argv)
     except flags.Error as error:
         raise ConfigError(f"{error}. `--help` lists the flags.") from error
+    if source is not None:
+        check_finite(flag_values["config"].value)
+    return rest
+
+
+def check_finite(config: ConfigDict) -> None:
+    """ConfigError naming a value that is NaN or infinite: no comparison with it would ever stop the run."""
+    for key in all_keys(config):
+        value = functools.reduce(getitem, key.split("."), config)
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ConfigError(f"{key} is {value}; it must be finite")
 
 
 def load_config(source: str) -> ConfigDict:
@@ -88,7 +103,10 @@ def _load_module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file; a config is a .py file with a function get_config(variant).")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not Python that can be read: {error}") from error
     return module
 
 

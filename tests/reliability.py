@@ -112,11 +112,13 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         "malformed-line": Fault(
             "Malformed records: bad JSON, byte order mark, NUL, wrong types, missing keys, a line of 100 MB",
             "Set aside in `quarantine.jsonl` with line and reason, in bounded memory; more than "
-            "`prompts.max_bad_fraction` of them refuse the file.",
+            "`prompts.max_bad_fraction` of them refuse the file, and so does a JSON list that breaks off or holds a "
+            "piece that is too long.",
         ),
         "hostile-image": Fault(
             "An image that is a decompression bomb, truncated, no image, animated, of absurd size or aspect",
-            "Refused before its pixels are decoded, with one of a fixed set of reasons.",
+            "Refused with one of a fixed set of reasons, before its pixels are decoded where the header tells; in a "
+            "conversation file when the file is read, before anything is trained.",
         ),
         "escaping-path": Fault(
             "A path in a record leaves its folder: dot-dot, absolute, symbolic link, NUL, URL",
@@ -124,11 +126,12 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         ),
         "hostile-text": Fault(
             "A prompt with special tokens, braces, chat markup, or ten megabytes of text",
-            "Special tokens are plain text to the tokenizers, braces stay braces, and a text beyond the cap is set "
-            "aside before it is tokenized.",
+            "Special tokens are plain text to the tokenizers and braces stay braces. A prompt above 8,192 bytes, or "
+            "longer than the critic can read, is set aside when the prompts are read, never met in the middle of a "
+            "run; a text above a megabyte is refused before it is tokenized.",
         ),
         "wrong-config": Fault(
-            "A config key that does not exist, or a value that cannot work",
+            "A config key that does not exist, or a value that cannot work: another type, NaN, infinite, out of range",
             "An error that names the key and the nearest ones, before anything is loaded.",
         ),
     },

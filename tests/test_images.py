@@ -71,6 +71,7 @@ def test_other_modes_become_rgb(root, mode):
     assert load_image(name, root).mode == "RGB"
 
 
+@pytest.mark.fault("escaping-path")
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
@@ -100,6 +101,7 @@ def test_paths_stay_inside_the_folder(root, path, reason):
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.fault("escaping-path")
 def test_links_that_leave_or_loop_are_refused(root, tmp_path):
     (root / "out.png").symlink_to(tmp_path / "outside.png")
     (root / "elsewhere").symlink_to(tmp_path)
@@ -120,6 +122,7 @@ def test_a_neighbour_folder_with_the_same_beginning_is_outside(root, tmp_path):
         load_image("../dataset2/a.png", root)
 
 
+@pytest.mark.fault("escaping-path")
 def test_a_pipe_does_not_block(root):
     os.mkfifo(root / "pipe.png")
     with pytest.raises(DataError, match="not a regular file"):
@@ -131,6 +134,7 @@ def test_a_missing_folder_is_named(tmp_path):
         load_image("a.png", tmp_path / "nowhere")
 
 
+@pytest.mark.fault("hostile-image")
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")  # pytest undoes the filter of the module
 @pytest.mark.parametrize("size", [4097, 9000, 13000, 20000])
 def test_a_decompression_bomb_is_refused_before_decoding(root, size, monkeypatch):
@@ -177,6 +181,7 @@ def test_what_is_not_one_8_bit_image_is_refused(root):
             load_image(name, root)
 
 
+@pytest.mark.fault("hostile-image")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_a_truncated_file_is_refused(root, format):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
@@ -188,6 +193,7 @@ def test_a_truncated_file_is_refused(root, format):
     assert "0x" not in str(error.value)
 
 
+@pytest.mark.fault("hostile-image")
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255), format=st.sampled_from(["JPEG", "PNG", "WEBP"]))
 def test_broken_bytes_give_an_image_or_a_data_error(tmp_path_factory, position, byte, format):

@@ -1,14 +1,18 @@
 """The entry point: what people type wrong gets one message that says what to type."""
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict, config_flags
 
-from firm_jax.config import all_keys, check_key, choose_variant, load_config
+from firm_jax.config import all_keys, check_key, choose_variant, load_config, parse_flags
 from firm_jax.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +30,7 @@ def run_main(*arguments, **environment):
     )
 
 
+@pytest.mark.fault("wrong-config")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -34,6 +39,8 @@ def run_main(*arguments, **environment):
             ["--config", CONFIG, "--workdir", "w", "--config.train.epochs=many"],
             "invalid literal for int() with base 10",
         ),
+        (["--config", CONFIG, "--workdir", "w", "--config.mesh.fsdp="], "--config.mesh.fsdp="),
+        (["--config", CONFIG, "--workdir", "w", "--config.train.learning_rate=nan"], "train.learning_rate is nan"),
         (["--config", CONFIG, "--workdir", "w"], "config.job is 'fit_matrix'; the jobs are rl"),
         (["--config", CONFIG], "--workdir"),
     ],
@@ -45,6 +52,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, message):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.fault("wrong-config")
 @pytest.mark.parametrize(
     ("key", "suggestion"),
     [
@@ -80,6 +88,65 @@ def test_a_missing_config_file_names_its_neighbours(tmp_path):
         load_config(str(tmp_path / "gen_qna.py"))
     with pytest.raises(ConfigError, match="no function get_config"):
         load_config(str(tmp_path / "gen_qma.py"))
+
+
+@pytest.mark.fault("wrong-config")
+def test_a_config_file_that_is_not_python_is_named(tmp_path):
+    for content in (b"def get_config(:", b"\xff\xfe", b"a\0b"):
+        (tmp_path / "broken.py").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"broken\.py is not Python"):
+            load_config(str(tmp_path / "broken.py"))
+
+
+KEYS = [
+    "train",
+    "train.epochs",
+    "train.learning_rate",
+    "train.sizes",
+    "distributed",
+    "mesh.fsdp",
+    "job",
+    "profile.start",
+]
+VALUES = ["", "3", "-1", "1.5", "nan", "inf", "1e999", "True", "None", "(1, 2)", "(1.0, nan)", "{}", "[", "9" * 5000]
+
+
+def overridden(key: str, value: str) -> ConfigDict:
+    """The harness job's config with one override, as the command line gives it."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    argv = ["main.py", f"--config={ROOT / CONFIG}", f"--config.{key}={value}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+        parse_flags(argv, values)
+    return values["config"].value
+
+
+@pytest.mark.fault("wrong-config")
+@settings(max_examples=150, deadline=None)
+@given(
+    key=st.sampled_from(KEYS) | st.text(st.characters(exclude_characters="=\0"), max_size=12),
+    value=st.sampled_from(VALUES) | st.text(max_size=12),
+)
+@example("train.epochs", "abc")
+@example("train.sizes", "(1, 'a')")
+@example("train.learning_rate", "-inf")
+@example("train.learning_rate", "nan")
+@example("train.epochs", "9" * 5000)
+@example("", "1")
+def test_any_override_has_the_right_type_or_is_an_error_that_names_the_key(key, value):
+    try:
+        config = overridden(key, value)
+    except ConfigError as error:
+        assert key in str(error)
+        return
+    before = load_config(str(ROOT / CONFIG))
+    for name in all_keys(config):
+        section, _, last = name.rpartition(".")
+        new, old = (tree[section][last] if section else tree[last] for tree in (config, before))
+        assert type(new) is type(old), name
+        assert not isinstance(new, float) or math.isfinite(new), name
+        assert new == old or name == key
 
 
 def test_joining_processes_that_cannot_be_named_is_an_error():

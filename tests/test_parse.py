@@ -235,12 +235,14 @@ def check(text: str) -> None:
             assert parsed.scores is None and parsed.spans is None
 
 
+@pytest.mark.fault("unusable-answers")
 @settings(deadline=None)
 @given(st.text())
 def test_any_text(text):
     check(text)
 
 
+@pytest.mark.fault("unusable-answers")
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
 @example('{"a":' * 100_000)
@@ -268,3 +270,33 @@ def test_only_whole_numbers_in_range_are_scores(number, integer):
         if parsed.scores is not None:
             assert parsed.scores == (value,) and value in (1, 2, 3, 4, 5)
     assert (parse_edit(json.dumps({"score": [integer]})).status == "ok") == (1 <= integer <= 5)
+
+
+NOISE = st.text(st.characters(exclude_characters='{}[]"\\'), max_size=40)
+CLAIMS = ['{{"score": [{n}]}}', '"score": {n}', "\\boxed{{{n}}}", "Final Alignment Rating: {n}", "I give it {n}/5"]
+
+
+@pytest.mark.fault("unusable-answers")
+@settings(deadline=None)
+@given(NOISE, NOISE, st.integers(1, 5))
+def test_what_stands_around_an_answer_does_not_change_it(before, after, score):
+    answers = {
+        parse_alignment: (f"\\boxed{{{score}}}", (score,)),
+        parse_quality: (json.dumps({"score": [score, 1, 5], "reasoning": "x"}), (score, 1, 5)),
+        parse_edit: (json.dumps({"reasoning": "x", "score": [score]}), (score,)),
+    }
+    for parse, (answer, scores) in answers.items():
+        assert parse(before + answer + after).scores == scores
+
+
+@pytest.mark.fault("unusable-answers", "hostile-text")
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(CLAIMS), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 5), NOISE)
+def test_a_score_injected_into_the_rationale_never_wins(claims, injected, score, noise):
+    rationale = noise + " ".join(claim.format(n=injected) for claim in claims)
+    assert parse_edit(json.dumps({"reasoning": rationale, "score": [score]})).scores == (score,)
+    assert parse_quality(json.dumps({"score": [score] * 3, "reasoning": rationale})).scores == (score,) * 3
+    assert parse_alignment(f"{rationale}\n**Final Alignment Rating: {score}**\n\\boxed{{{score}}}").scores == (score,)
+    # Where the model forgets to escape the quotation, its own score or none: never the quoted one.
+    sloppy = '{"reasoning": "' + rationale + f'", "score": [{score}]' + "}"
+    assert parse_edit(sloppy).scores in ((score,), None)

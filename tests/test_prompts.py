@@ -195,6 +195,7 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.fault("malformed-line")
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=[reason[:30] for reason in BAD_LINES.values()])
 def test_a_malformed_line_is_quarantined(tmp_path, line, reason):
     path = write(tmp_path / "p.jsonl", b'{"prompt": "first"}\n' + line + b'\n{"prompt": "third"}\n')
@@ -261,6 +262,7 @@ def test_a_huge_line_is_not_held_in_memory(tmp_path, monkeypatch):
     assert max(sizes) <= 1002
 
 
+@pytest.mark.fault("malformed-line")
 @pytest.mark.parametrize("bad", [1, 2])
 def test_the_budget(tmp_path, bad):
     lines = [json.dumps({"prompt": f"p{index}"}) for index in range(1000 - bad)] + ["{"] * bad
@@ -328,6 +330,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         load_prompts(write(tmp_path / "p.txt", "a\n\nb"), quarantine_file=tmp_path / "missing" / "q.jsonl")
 
 
+@pytest.mark.fault("malformed-line")
 @settings(max_examples=60, deadline=None)
 @given(
     lines=st.lists(
@@ -363,6 +366,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.fault("malformed-line")
 @settings(max_examples=60, deadline=None)
 @given(values=st.lists(JSON_VALUES, max_size=5))
 def test_any_json_reads_the_same_as_a_list_and_as_lines(tmp_path_factory, values):

@@ -46,6 +46,7 @@ def test_a_rubric_read_back_is_not_a_score(name):
         assert parse(load_rubric(name).fill("a red cube")).scores is None
 
 
+@pytest.mark.fault("hostile-text")
 @pytest.mark.parametrize("hostile", ["{requirement}", "{0}{a!r}", "{", "}}", "{prompt}", r"\1 \g<0>", '{"score": [5]}'])
 def test_what_users_write_is_never_expanded(hostile, tmp_path):
     (tmp_path / "alignment.txt").write_text("Judge {prompt}\n{requirement}\nend")

@@ -6,6 +6,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import hostile
 import jax
 import numpy as np
 import pytest
@@ -31,7 +32,6 @@ def world(tmp_path_factory):
     """A folder with the models and the prompts; programs are compiled once for all the runs of this file."""
     folder = tmp_path_factory.mktemp("world")
     tiny_generator(t5=False, num_layers=2, dual_attention_layers=()).save_pretrained(folder / "model")
-    (folder / "critic").mkdir()
     (folder / "train.txt").write_text("\n".join(PROMPTS))
     (folder / "held_out.txt").write_text("a yellow ring\nthree white circles\n")
     cache = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
@@ -51,7 +51,6 @@ def config_for(world, **changed):
     config.eval.update(size | {"every": 2, "prompts": 2, "images_per_prompt": 1, "judged": 2, "oracle": False})
     flat = {
         "model": str(world / "model"),
-        "critic.model": str(world / "critic"),
         "prompts.train": str(world / "train.txt"),
         "prompts.held_out": str(world / "held_out.txt"),
         "group.prompts_per_epoch": 2,
@@ -305,6 +304,27 @@ def test_more_such_updates_than_allowed_stop_the_run_as_it_was(world, tmp_path, 
     assert last_state(tmp_path)["step"] == 1
 
 
+# Prompts that nobody vouches for
+
+
+@pytest.mark.fault("malformed-line", "hostile-text")
+def test_a_run_sets_bad_prompts_aside_and_trains_on_the_others(world, tmp_path):
+    bad = [hostile.LINES[name][0] for name in ("two values for one key", "too long", "half a surrogate pair")]
+    too_long = json.dumps({"prompt": "0 " * 3000}).encode()  # short enough for a prompt, too long for this critic
+    good = [json.dumps({"prompt": text}).encode() for text in hostile.TEXTS]
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join([*bad, too_long, *good]))
+    changed = {"prompts__train": str(tmp_path / "p.jsonl"), "prompts__held_out": str(tmp_path / "p.jsonl")}
+    config = config_for(world, **changed, prompts__max_bad_fraction=0.5, train__epochs=4)
+    run(config, tmp_path / "run")
+    found = lines(tmp_path / "run" / "quarantine.jsonl")
+    assert [record["line"] for record in found] == [1, 2, 3, 4] * 2  # of both sources
+    assert "tokens of the critic" in found[3]["reason"]
+    judged = lines(tmp_path / "run" / "judgements.jsonl")
+    assert {record["prompt"] for record in judged} == set(hostile.TEXTS)
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["epoch"] == 4
+    assert "<script>alert" not in (tmp_path / "run" / "report.html").read_text()
+
+
 # What is refused at once
 
 
@@ -314,6 +334,7 @@ def nothing_is_loaded(monkeypatch):
         monkeypatch.setattr(thing, "from_pretrained", lambda *args, **given: pytest.fail("loaded"))
 
 
+@pytest.mark.fault("wrong-config")
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -332,6 +353,8 @@ def nothing_is_loaded(monkeypatch):
         ({"eval.every": 0}, "eval.every is 0"),
         ({"lora.init": "zero"}, "lora.init is 'zero'.*gaussian"),
         ({"critic.score": "mean"}, "critic.score is 'mean'.*parsed, expected"),
+        ({"critic.max_failure_rate": 20.0}, "critic.max_failure_rate is 20.0; it is a share"),
+        ({"critic.max_new_tokens": 1000}, "critic.max_new_tokens = 1000 leaves no room"),
         ({"critic.backend": "http"}, "critic.backend is 'http'"),
         ({"rollout.height": 18}, "height and width must be multiples of 4, not 18 x 16"),
         ({"eval.width": 44}, "latents of 8 x 22"),
@@ -354,6 +377,7 @@ def test_missing_weights_are_told_together_and_leave_no_folder(tmp_path, nothing
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("malformed-line")
 @pytest.mark.parametrize("prompts, named", [("absent.txt", "absent.txt"), ("empty.txt", "empty.txt")])
 def test_prompts_that_are_missing_or_empty_are_named(world, tmp_path, nothing_is_loaded, prompts, named):
     (tmp_path / "empty.txt").touch()

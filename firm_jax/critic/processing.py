@@ -119,7 +119,10 @@ def to_pixels(image) -> np.ndarray:
     """
     if isinstance(image, PIL.Image.Image):
         return np.asarray(image.convert("RGB"))
-    pixels = np.asarray(image)
+    try:
+        pixels = np.asarray(image)
+    except ValueError as error:
+        raise DataError("an image is neither a Pillow image nor an array [H, W, 3]") from error
     return pixels if pixels.dtype == np.uint8 and pixels.shape[2:] == (3,) else np.asarray(from_array(pixels))
 
 
@@ -281,6 +284,15 @@ class Processor:
             images=images,
             targets=targets,
         )
+
+    def length(self, sizes, text: str) -> int:
+        """The tokens of `sequence` for images of these (height, width) and a text, without any pixels."""
+        patch, merge = self.images.patch_size, self.images.merge_size
+        limits = {"min_pixels": self.images.min_pixels, "max_pixels": self.images.max_pixels}
+        resized = [smart_resize(*size, factor=patch * merge, **limits) for size in sizes]
+        images = sum(2 + height * width // (patch * merge) ** 2 for height, width in resized)
+        question = ["user\n", text] if sizes else ["user\n" + text]
+        return 3 + images + sum(len(self.encode(part)) for part in (*question, "\n", "assistant\n"))
 
     def _patch(self, image, patched: dict | None) -> PatchedImage:
         if patched is None:

@@ -13,9 +13,12 @@ from firm_jax.critic.decode import Decoder, Generation, TokenRules
 from firm_jax.critic.parse import Parsed, parse_alignment, parse_edit, parse_quality
 from firm_jax.critic.processing import Processor, Sequence
 from firm_jax.critic.rubric import FOLDER, Rubric, rubrics_from
+from firm_jax.data.prompts import PromptRecord
+from firm_jax.data.records import MalformedRecord, check_request_text
 from firm_jax.errors import ConfigError, DataError
 from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import resolve
+from firm_jax.models.qwen3_vl import Qwen3VLConfig
 
 PARSERS: dict[str, Callable[[str], Parsed]] = {
     "alignment": parse_alignment,
@@ -85,7 +88,7 @@ class Critic:
             model,
             processor,
             ends=end_tokens(folder, processor),
-            rubrics=folder_rubrics(folder) if rubrics is None else rubrics_from(rubrics),
+            rubrics=served_rubrics(folder, rubrics),
             mesh=mesh,
             max_batch=max_batch,
         )
@@ -108,22 +111,22 @@ class Critic:
         one, `requirement`. An answer without a readable score is a judgement whose score is None: missing, never a
         number. Raises ConfigError for a criterion without a rubric, DataError for a request that cannot be served.
         """
-        rubrics = [self._rubric(request.get("criterion")) for request in requests]
-        texts = [
-            rubric.fill(request.get("prompt") or "", request.get("requirement") or "")
-            for rubric, request in zip(rubrics, requests, strict=True)
+        rubrics = [_rubric(self.rubrics, request.get("criterion")) for request in requests]
+        pairs = [
+            self._question(number, rubric, request)
+            for number, (rubric, request) in enumerate(zip(rubrics, requests, strict=True))
         ]
-        pairs = [(request["images"], text) for request, text in zip(requests, texts, strict=True)]
         generations = self._generate(pairs, max_new_tokens, progress)
         return [self._judgement(*pair) for pair in zip(rubrics, generations, strict=True)]
 
-    def _rubric(self, criterion) -> Rubric:
-        if criterion not in self.rubrics:
-            raise ConfigError(
-                f"there is no rubric for the criterion {criterion!r}; this critic has {sorted(self.rubrics)}. "
-                f"Add {criterion}.txt to the rubric folder (critic.rubrics)."
-            )
-        return self.rubrics[criterion]
+    def _question(self, number: int, rubric: Rubric, request: Mapping) -> tuple:
+        """The images and the text of one request to `judge`."""
+        if "images" not in request:
+            raise DataError(f"request {number} has no images; there is nothing to judge")
+        prompt, requirement = request.get("prompt") or "", request.get("requirement") or ""
+        check_request_text(prompt, f"request {number}: the prompt")
+        check_request_text(requirement, f"request {number}: the requirement")
+        return request["images"], rubric.fill(prompt, requirement)
 
     def _generate(self, pairs, max_new_tokens: int, progress) -> list[Generation]:
         patched: dict = {}
@@ -131,8 +134,7 @@ class Critic:
         return self.decoder.generate(sequences, max_new_tokens, progress)
 
     def _sequence(self, number: int, images, text, patched: dict, max_new_tokens: int) -> Sequence:
-        if not isinstance(text, str):
-            raise DataError(f"request {number}: the text is {type(text).__name__}, not a string")
+        check_request_text(text, f"request {number}: the text")
         sequence = self.processor.sequence(images, text, patched=patched)
         if len(sequence) + max_new_tokens > self.max_length:
             raise DataError(
@@ -176,10 +178,60 @@ class Critic:
         return low
 
 
-def folder_rubrics(folder: Path) -> dict[str, Rubric]:
-    """The rubrics that a critic's folder brings along, else the package's own."""
-    own = Path(folder) / "rubrics"
-    return rubrics_from(own if own.is_dir() else FOLDER)
+def prompt_check(
+    folder: Path, rubrics, criteria: Requests[str], sizes: Requests[tuple[int, int]], max_new_tokens: int
+) -> Callable[[PromptRecord], None]:
+    """A check for `load_prompts`: MalformedRecord for a prompt about which this critic could not be asked.
+
+    It needs the folder's tokenizer and config, not the weights, so a run knows before it starts what would otherwise
+    stop it when the prompt is drawn. rubrics: as in `Critic.from_pretrained`; criteria: those to be asked for; sizes:
+    the (height, width) of the images that it is to see, one at a time. Raises ConfigError for a criterion without a
+    rubric and for a context that the rubric alone would fill; the check, for a requirement that a rubric would drop.
+    """
+    processor = Processor(folder)
+    limit = Qwen3VLConfig.from_hf(models.read_config(folder)).text.max_position_embeddings
+    served = served_rubrics(folder, rubrics)
+    asked = [_rubric(served, criterion) for criterion in criteria]
+
+    def length(prompt: str, requirement: str) -> int:
+        texts = [rubric.fill(prompt, requirement) for rubric in asked]
+        # A token is a byte of the text or more, and normalisation makes at most three bytes of one.
+        if frame + 3 * max(len(text.encode()) for text in texts) + max_new_tokens <= limit:
+            return 0
+        return max(processor.length([size], text) for text in texts for size in sizes)
+
+    def check(record: PromptRecord) -> None:
+        tokens = length(record.text, record.requirement)
+        if tokens + max_new_tokens > limit:
+            raise MalformedRecord(
+                f"needs {tokens} tokens of the critic with rubric and image, and {limit - max_new_tokens} are there "
+                f"({limit} less critic.max_new_tokens)"
+            )
+
+    frame = max(processor.length([size], "") for size in sizes)
+    if (shortest := length("", "")) + max_new_tokens > limit:
+        raise ConfigError(
+            f"critic.max_new_tokens = {max_new_tokens} leaves no room for a prompt: rubric and image take {shortest} "
+            f"of the {limit} tokens that the critic in {folder} was made for; lower it, or draw smaller images"
+        )
+    return check
+
+
+def served_rubrics(folder: Path, rubrics=None) -> dict[str, Rubric]:
+    """The rubrics in the folder `rubrics`; for None those that the critic's folder brings along, else the package's."""
+    if rubrics is None:
+        own = Path(folder) / "rubrics"
+        rubrics = own if own.is_dir() else FOLDER
+    return rubrics_from(rubrics)
+
+
+def _rubric(rubrics: Mapping[str, Rubric], criterion) -> Rubric:
+    if criterion not in rubrics:
+        raise ConfigError(
+            f"there is no rubric for the criterion {criterion!r}; this critic has {sorted(rubrics)}. "
+            f"Add {criterion}.txt to the rubric folder (critic.rubrics)."
+        )
+    return rubrics[criterion]
 
 
 def end_tokens(folder: Path, processor: Processor) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from firm_jax.critic.decode import shard_positions
 from firm_jax.critic.parse import Parsed, parse_alignment, parse_quality
 from firm_jax.critic.processing import Processor, Sequence, collate, image_table
 from firm_jax.critic.rubric import Rubric, rubrics_from
-from firm_jax.critic.score import Critic, end_tokens, folder_rubrics
+from firm_jax.critic.score import Critic, end_tokens, served_rubrics
 from firm_jax.data.conversations import Conversation, ConversationFile
 from firm_jax.errors import ConfigError, DataError, NonFiniteError
 from firm_jax.interop.hub import identity, resolve
@@ -223,7 +223,7 @@ def train(config, workdir: str) -> None:
         examples, held_out = sources(config, rubrics)
         folder = base_folder(config, run, examples)
         processor = Processor(folder)
-        rubrics = rubrics or folder_rubrics(folder)
+        rubrics = rubrics or served_rubrics(folder)
         run.base_weights = {"critic": identity(folder)}
         graphdef, params = nnx.split(models.from_pretrained(folder, dtype="float32", mesh=mesh))
         settings = config.train

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firm_jax.data.images import load_image
+from firm_jax.data.images import check_image, load_image
 from firm_jax.data.records import (
     DEFAULT_MAX_BAD_FRACTION,
     MalformedRecord,
     check_budget,
+    check_storable,
     check_text,
     collect_json,
     write_quarantine,
@@ -39,23 +40,33 @@ class Conversation:
 
 
 class ConversationFile:
-    """The conversations of a file, read once; their images are opened when an example is asked for.
+    """The conversations of a file, read once; their images are decoded when an example is asked for.
 
-    max_bad_fraction: the share of records that may be unusable; quarantine_file: JSONL that receives those. Raises
-    DataError for a file that cannot be read, is empty, or has more unusable records than that.
+    A record is unusable also when one of its images is missing or its header is refused, so that this is known before
+    anything is trained. max_bad_fraction: the share of records that may be unusable; quarantine_file: JSONL that
+    receives those. Raises DataError for a file that cannot be read, is empty, or has more unusable records than that.
     """
 
     def __init__(self, path, *, max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION, quarantine_file=None):
         self.path = Path(path)
-        if self.path.suffix not in (".json", ".jsonl") or not self.path.is_file():
+        if self.path.suffix not in (".json", ".jsonl") or not os.path.isfile(path):
             raise DataError(f"conversation file {path} is not an existing .json or .jsonl file")
         try:
-            self._records, bad = collect_json(os.fspath(self.path), _parse)
+            self._records, bad = collect_json(os.fspath(self.path), self._parse)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
         if quarantine_file is not None:
             write_quarantine(quarantine_file, bad)
         check_budget(os.fspath(path), len(self._records), bad, max_bad_fraction)
+
+    def _parse(self, fields: Any, line: int) -> tuple[int, tuple[str, ...], str, str]:
+        record = _parse(fields, line)
+        for image in record[1]:
+            try:
+                check_image(image, self.path.parent)
+            except DataError as error:
+                raise MalformedRecord(str(error)) from error
+        return record
 
     def __len__(self) -> int:
         return len(self._records)
@@ -76,6 +87,7 @@ class ConversationFile:
 
 def _parse(fields: Any, line: int) -> tuple[int, tuple[str, ...], str, str]:
     """(line, image paths, question, answer) of one record; MalformedRecord with the reason."""
+    check_storable(fields)
     if not isinstance(fields, dict):
         raise MalformedRecord("not an object")
     turns = fields.get("messages", fields.get("conversations"))
@@ -84,7 +96,7 @@ def _parse(fields: Any, line: int) -> tuple[int, tuple[str, ...], str, str]:
         raise MalformedRecord("messages must be one user turn and one assistant turn")
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise MalformedRecord("images must be a list of paths")
-    roles = [_ROLES.get(turn.get("role", turn.get("from"))) for turn in turns]
+    roles = [_ROLES.get(str(turn.get("role", turn.get("from")))) for turn in turns]
     texts = [turn.get("content", turn.get("value")) for turn in turns]
     if roles != ["user", "assistant"] or not all(isinstance(text, str) for text in texts):
         raise MalformedRecord("messages must be one user turn and one assistant turn, with text")

@@ -1,10 +1,11 @@
 """The one way in which images come from files: bounded, decoded once, upright, RGB; and floats to pixels and back."""
 
+import contextlib
 import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PureWindowsPath
 
 import numpy as np
@@ -16,9 +17,13 @@ from firm_jax.errors import DataError
 MAX_PIXELS = 16_777_216
 MAX_BYTES = 64 * 1024 * 1024
 MAX_ASPECT = 200
+# A progressive JPEG has some ten; each costs a pass over all coefficients, and can be written in a few bytes.
+MAX_SCANS = 100
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Modes of 8 bits a channel or less. PIL clips deeper ones on conversion instead of scaling them.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+START_OF_SCAN = b"\xff\xda"
 
 # PIL only warns between one and two times its own limit, and decodes.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -49,6 +54,20 @@ def load_image(
       DataError: names the path and one of a fixed set of reasons; nothing of what lies outside `root` or of a
         decoder's message is in it.
     """
+    with _opened(path, root, max_pixels, max_bytes) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def check_image(path: str, root: str | os.PathLike) -> None:
+    """What `load_image` can tell without decoding any pixels; raises DataError as it does."""
+    with _opened(path, root, MAX_PIXELS, MAX_BYTES):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: str, root: str | os.PathLike, max_pixels: int, max_bytes: int) -> Iterator[Image.Image]:
+    """An image whose header has passed all checks; whatever goes wrong with it inside becomes a DataError."""
     shown = repr(path)[:200]
 
     def refuse(reason: str) -> DataError:
@@ -64,10 +83,11 @@ def load_image(
                 raise refuse(f"is more than {MAX_ASPECT} times as long as wide ({width} x {height})")
             if getattr(image, "n_frames", 1) != 1:
                 raise refuse("has several frames")
+            if image.format == "JPEG" and content.count(START_OF_SCAN) > MAX_SCANS:
+                raise refuse(f"has more than {MAX_SCANS} scans")
             if image.mode not in MODES:
                 raise refuse("has more than 8 bits a channel")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except DataError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -144,7 +164,10 @@ def to_array(image: Image.Image) -> Float[np.ndarray, "H W 3"]:
 
 def from_array(array: Float[np.ndarray, "H W 3"]) -> Image.Image:
     """A float image in [0, 1] as RGB: round(255 x), values outside clipped. DataError for NaN or another shape."""
-    array = np.asarray(array, np.float32)
+    try:
+        array = np.asarray(array, np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError("an image is an array of numbers [H, W, 3]") from error
     if array.ndim != 3 or array.shape[-1] != 3:
         raise DataError(f"an image has the shape [H, W, 3], not {list(array.shape)}")
     if np.isnan(array).any():

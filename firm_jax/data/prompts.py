@@ -7,7 +7,7 @@ Formats: `.txt` (one prompt a line), `.json` (a ShareGPT-style list of objects),
 import dataclasses
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -32,6 +32,9 @@ from firm_jax.errors import ConfigError, DataError
 
 TFDS_PREFIX = "tfds:"
 TEXT_KEYS = ("input_prompt", "caption", "prompt", "text")
+# The longest prompt of the published sets has 1,440 bytes, and no text encoder here reads 1,024 tokens to the end. What
+# is longer is no prompt, and would make the critic's whole batch as long as it is.
+MAX_PROMPT_BYTES = 8192
 # The split of DiffusionNFT's ShareGPT prompts, kept so that runs are comparable with published ones.
 SPLIT_SEED = 42
 TRAIN_FRACTION = 0.98
@@ -85,6 +88,7 @@ def load_prompts(
     held_out_source: str | os.PathLike | None = None,
     max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION,
     quarantine_file: str | os.PathLike | None = None,
+    check: Callable[[PromptRecord], None] = lambda record: None,
 ) -> PromptSplits:
     """Read the prompts of a run and split them into training and held-out ones.
 
@@ -95,6 +99,7 @@ def load_prompts(
         folder, 2 % of the distinct prompts are held out (`split_prompts`).
       max_bad_fraction: the share of each source's records that may be unusable.
       quarantine_file: JSONL file that receives the unusable records, also when the budget is exceeded.
+      check: raises MalformedRecord for a prompt that this run cannot use: then it is quarantined like the others.
 
     Raises:
       DataError: a source is missing, empty, ambiguous, or has more unusable records than the budget.
@@ -106,7 +111,7 @@ def load_prompts(
         held_out_source = held_out_source or test_file
 
     sources = [source, os.fspath(held_out_source)] if held_out_source else [source]
-    read = [read_prompts(each) for each in sources]
+    read = [_checked(*read_prompts(each), check) for each in sources]
     quarantined = [bad for _, bad_records in read for bad in bad_records]
     if quarantine_file is not None:
         write_quarantine(quarantine_file, quarantined)
@@ -126,6 +131,21 @@ def load_prompts(
     return PromptSplits(tuple(train), tuple(held_out), merged, shared, tuple(quarantined))
 
 
+def _checked(
+    records: list[PromptRecord], quarantined: list[QuarantinedRecord], check: Callable[[PromptRecord], None]
+) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
+    """Records and quarantine, in order, after those that `check` refuses have gone from one to the other."""
+    usable, refused = [], []
+    for record in records:
+        try:
+            check(record)
+        except MalformedRecord as error:
+            refused.append(QuarantinedRecord(record.source_file, record.line, str(error)))
+        else:
+            usable.append(record)
+    return usable, sorted([*quarantined, *refused], key=lambda bad: bad.line)
+
+
 def read_prompts(source: str | os.PathLike) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
     """Every record of one file or `tfds:` name, in order, duplicates included; and the records that cannot be used.
 
@@ -134,26 +154,30 @@ def read_prompts(source: str | os.PathLike) -> tuple[list[PromptRecord], list[Qu
     source = os.fspath(source)
     if source.startswith(TFDS_PREFIX):
         return _read_tfds(source)
-    path = Path(source)
-    if not path.exists():
-        raise DataError(
-            f"prompt file {source} does not exist. Give a .txt, .json or .jsonl file, a folder that holds one, "
-            "or tfds:NAME."
-        )
-    if not path.is_file():
-        raise DataError(f"{source} is not a regular file. Give a .txt, .json or .jsonl file.")
     readers = {".txt": _read_text, ".jsonl": _read_json, ".json": _read_json}
-    if path.suffix not in readers:
-        raise DataError(f"prompt file {source}: unknown ending {path.suffix!r}. Supported are {', '.join(readers)}.")
+    ending = Path(source).suffix
     try:
-        return readers[path.suffix](source)
+        if not os.path.exists(source):
+            raise DataError(
+                f"prompt file {source or repr(source)} does not exist. Give a .txt, .json or .jsonl file, a folder "
+                "that holds one, or tfds:NAME."
+            )
+        if not os.path.isfile(source):
+            raise DataError(f"{source} is not a regular file. Give a .txt, .json or .jsonl file.")
+        if ending not in readers:
+            raise DataError(f"prompt file {source}: unknown ending {ending!r}. Supported are {', '.join(readers)}.")
+        return readers[ending](source)
     except OSError as error:
         raise DataError(f"cannot read prompt file {source}: {error.strerror}. Check its permissions.") from error
 
 
 def _read_text(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
     def parse(raw: bytes | None, line: int) -> PromptRecord:
-        return PromptRecord(decode_text(raw), source_file=source, line=line)
+        text = decode_text(raw)
+        if "\r" in text:
+            raise MalformedRecord("holds a carriage return; lines end with a line feed")
+        _check_size(text)
+        return PromptRecord(text, source_file=source, line=line)
 
     return collect(source, read_lines(source), parse)
 
@@ -168,9 +192,9 @@ def parse_prompt(fields: Any, source_file: str, line: int, text_keys: Sequence[s
     The text is the first of `text_keys` that is present; `requirement` is optional; all other fields become metadata.
     Null is the same as absent. Raises MalformedRecord with the reason.
     """
+    check_storable(fields)
     if not isinstance(fields, dict):
         raise MalformedRecord(f"{_type_name(fields)} instead of an object")
-    check_storable(fields)
     present = {key: value for key, value in fields.items() if value is not None}
     text_key = next((key for key in text_keys if key in present), None)
     if text_key is None:
@@ -182,9 +206,15 @@ def parse_prompt(fields: Any, source_file: str, line: int, text_keys: Sequence[s
             raise MalformedRecord(f"{key} is {_type_name(value)}, not text")
         if value or key == text_key:
             check_text(value)
+    _check_size(text + requirement)
     if "include" in present:
         _check_geneval(present)
     return PromptRecord(text, requirement, present, source_file, line)
+
+
+def _check_size(text: str) -> None:
+    if (size := len(text.encode())) > MAX_PROMPT_BYTES:
+        raise MalformedRecord(f"a prompt of {size} bytes, more than {MAX_PROMPT_BYTES}")
 
 
 def _check_geneval(fields: dict[str, Any]) -> None:
@@ -272,6 +302,10 @@ def _read_tfds(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]
         builder = tfds.builder(name, data_dir=options.get("data_dir"))
     except ValueError as error:  # its further lines list every dataset that there is
         raise DataError(f"{source}: {str(error).splitlines()[0]} Check the name and data_dir.") from error
+    except ImportError as error:  # of what the dataset's own code imports
+        raise DataError(
+            f"{source}: the dataset's code needs {error.name}. Install it, or give a prompt file."
+        ) from error
 
     features = builder.info.features
     column = options.get("text") or next((key for key in TEXT_KEYS if key in features), None)

@@ -1,16 +1,18 @@
-"""Records from text files that nobody vouches for: bounded lines, strict JSON, a quarantine with a budget.
+"""Records from text files that nobody vouches for: bounded records, strict JSON, a quarantine with a budget.
 
 A record that cannot be used never stops the reading and never slips through: it is set aside with its file, line
-and reason. How many may be set aside before the file as a whole is refused is the reader's budget.
+and reason. How many may be set aside before the file as a whole is refused is the reader's budget. Files are read in
+pieces, so memory depends on the records that are kept and not on what else a file holds.
 """
 
+import codecs
 import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from firm_jax.errors import ConfigError, DataError, WorkdirError
 
@@ -18,6 +20,8 @@ Record = TypeVar("Record")
 
 # One prompt or conversation is a few kilobytes; a megabyte on one line is a broken file, and is never held whole.
 MAX_RECORD_BYTES = 1 << 20
+# Beyond this many a file is of another kind than it was taken for, and its reasons are not collected any further.
+MAX_QUARANTINED = 100_000
 DEFAULT_MAX_BAD_FRACTION = 0.001
 SHOWN_IN_ERROR = 5
 
@@ -45,8 +49,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
     the end of the file are not lines.
     """
     with open(path, "rb") as file:
-        number = 0
-        blank: list[int] = []
+        number = blank = 0  # of the lines just read, so many are blank
         while piece := file.readline(MAX_RECORD_BYTES + 2):
             number += 1
             line: bytes | None = piece.removesuffix(b"\n").removesuffix(b"\r")
@@ -55,10 +58,10 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
                     piece = file.readline(MAX_RECORD_BYTES)
                 line = None
             elif not line.strip():
-                blank.append(number)
+                blank += 1
                 continue
-            yield from ((earlier, b"") for earlier in blank)
-            blank.clear()
+            yield from ((earlier, b"") for earlier in range(number - blank, number))
+            blank = 0
             yield number, line
 
 
@@ -74,17 +77,6 @@ def decode_text(raw: bytes | None) -> str:
     return text
 
 
-def read_document(path: str | os.PathLike) -> str:
-    """The UTF-8 text of a whole file; MalformedRecord where it is not UTF-8 or begins with a byte order mark."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MalformedRecord("not UTF-8") from error
-    if text.startswith(BYTE_ORDER_MARK):
-        raise MalformedRecord("begins with a byte order mark (save the file as UTF-8 without BOM)")
-    return text
-
-
 def check_text(text: str) -> None:
     """MalformedRecord for text that is blank, or that no tokenizer and no JSON file should be given."""
     if not text.strip():
@@ -95,10 +87,43 @@ def check_text(text: str) -> None:
         raise MalformedRecord("holds a NUL character")
 
 
-def parse_json(text: str) -> Any:
-    """The JSON value of one line; MalformedRecord with the column where it breaks."""
+def check_request_text(text: Any, what: str) -> None:
+    """DataError for a text handed to a model that is no text, or too much of it to be tokenized at all.
+
+    Takes no time, however long the text is.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{what} is {type(text).__name__}, not a string")
+    if len(text) > MAX_RECORD_BYTES:
+        raise DataError(f"{what} has {len(text)} characters, more than {MAX_RECORD_BYTES}; shorten it")
     try:
-        return json.loads(text)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half of a surrogate pair, which is not text: {text[:40]!r}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ambiguous:
+    """Stands for a JSON object that names a key twice: which value counts would be a guess."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Ambiguous:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        return _Ambiguous(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value of one line, for `check_storable`; MalformedRecord with the column where it breaks."""
+    try:
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise MalformedRecord(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
@@ -109,8 +134,14 @@ def parse_json(text: str) -> Any:
 
 def check_storable(value: Any) -> None:
     """MalformedRecord for a parsed value that could not be written out again as bounded, strict UTF-8 JSON."""
+
+    def refuse(item: _Ambiguous):
+        raise MalformedRecord(f"names the key {item.key[:40]!r} twice")
+
     try:
-        stored = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        stored = json.dumps(value, ensure_ascii=False, allow_nan=False, default=refuse).encode("utf-8")
+    except MalformedRecord:
+        raise
     except UnicodeEncodeError as error:
         raise MalformedRecord("holds half of a surrogate pair, which is not text") from error
     except RecursionError as error:
@@ -121,58 +152,120 @@ def check_storable(value: Any) -> None:
         raise MalformedRecord(f"longer than {MAX_RECORD_BYTES} bytes")
 
 
-def iterate_json_list(document: str) -> Iterator[tuple[int, Any]]:
-    """Yield `(line on which it begins, element)` of a document that is one JSON list.
+class _Window:
+    """A UTF-8 file of which only a part is held: `text`, from `position` on, is more than the longest record."""
 
-    Raises MalformedRecord, with line and column, for a document that is not one: what follows a syntax error cannot
-    be told apart, so unlike a bad element it spoils the whole document.
+    def __init__(self, file: BinaryIO):
+        self._file, self._decode = file, codecs.getincrementaldecoder("utf-8")().decode
+        self.text, self.position, self.ended = "", 0, False
+        self._counted, self._line, self._column = 0, 1, 1  # the line and column of the character at `_counted`
+
+    def fill(self) -> None:
+        """Read on until the longest record would fit; what lies before `position` is dropped."""
+        if self.ended or len(self.text) - self.position > MAX_RECORD_BYTES:
+            return
+        self.place(self.position)
+        parts = [self.text[self.position :]]
+        self.text, self.position, self._counted = "", 0, 0
+        while not self.ended and sum(map(len, parts)) <= MAX_RECORD_BYTES:
+            piece = self._file.read(MAX_RECORD_BYTES)
+            self.ended = not piece
+            parts.append(self._decode(piece, final=self.ended))
+        self.text = "".join(parts)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Line and column in the file, from 1; never asked for a place before the last one."""
+        breaks = self.text.count("\n", self._counted, position)
+        if breaks:
+            self._line += breaks
+            self._column = position - self.text.rfind("\n", self._counted, position)
+        else:
+            self._column += position - self._counted
+        self._counted = position
+        return self._line, self._column
+
+    def next(self) -> str:
+        """The next character that is not white space, "" at the end of the file."""
+        while True:
+            self.fill()
+            self.position = _JSON_SPACE.match(self.text, self.position).end()
+            if self.position < len(self.text) or self.ended:
+                return self.text[self.position : self.position + 1]
+
+
+def iterate_json_list(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """Yield `(line on which it begins, element)` of a file that is one JSON list.
+
+    Raises MalformedRecord, with line and column, for a file that is not one: what follows a syntax error cannot be
+    told apart, so unlike a bad element it spoils the whole file. So does an element longer than `MAX_RECORD_BYTES`.
     """
-    decoder = json.JSONDecoder()
+    with open(path, "rb") as file:
+        window = _Window(file)
+        try:
+            yield from _elements(window)
+        except UnicodeDecodeError as error:
+            raise MalformedRecord("not UTF-8") from error
+        except json.JSONDecodeError as error:
+            line, column = window.place(error.pos)
+            raise MalformedRecord(f"not JSON: {error.msg} at line {line} column {column}") from error
 
-    def skip_space(position: int) -> int:
-        return _JSON_SPACE.match(document, position).end()
 
-    line, counted = 1, 0
-    try:
-        position = skip_space(0)
-        if document[position : position + 1] != "[":
-            raise MalformedRecord("not a JSON list of objects")
-        position = skip_space(position + 1)
-        closed = document[position : position + 1] == "]"
-        while not closed:
-            line += document.count("\n", counted, position)
-            counted = position
-            element, position = decoder.raw_decode(document, position)
+def _elements(window: _Window) -> Iterator[tuple[int, Any]]:
+    def expect(characters: str, problem: str) -> str:
+        found = window.next()
+        if not found or found not in characters:
+            raise json.JSONDecodeError(problem, window.text, window.position)
+        window.position += 1
+        return found
+
+    if window.next() == BYTE_ORDER_MARK:
+        raise MalformedRecord("begins with a byte order mark (save the file as UTF-8 without BOM)")
+    if window.next() != "[":
+        raise MalformedRecord("not a JSON list of objects")
+    window.position += 1
+    if window.next() == "]":
+        window.position += 1
+    else:
+        separator = ","
+        while separator == ",":
+            window.next()
+            line, _ = window.place(window.position)
+            try:
+                element, window.position = _DECODER.raw_decode(window.text, window.position)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(window.text) - len("-Infinity")
+                if cut and not window.ended:
+                    reason = f"the element that begins on line {line} does not end within {MAX_RECORD_BYTES} characters"
+                    raise MalformedRecord(reason) from error
+                raise
+            except RecursionError as error:
+                raise MalformedRecord(f"JSON nested too deeply after line {line}") from error
+            except ValueError as error:  # an integer of thousands of digits
+                raise MalformedRecord(f"JSON number out of range after line {line}") from error
             yield line, element
-            position = skip_space(position)
-            closed = document[position : position + 1] == "]"
-            if not closed:
-                if document[position : position + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' delimiter", document, position)
-                position = skip_space(position + 1)
-        end = skip_space(position + 1)
-        if end != len(document):
-            raise json.JSONDecodeError("Extra data", document, end)
-    except json.JSONDecodeError as error:
-        raise MalformedRecord(f"not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
-    except RecursionError as error:
-        raise MalformedRecord(f"JSON nested too deeply after line {line}") from error
-    except MalformedRecord:
-        raise
-    except ValueError as error:  # an integer of thousands of digits
-        raise MalformedRecord(f"JSON number out of range after line {line}") from error
+            separator = expect(",]", "Expecting ',' delimiter")
+    if window.next():
+        raise json.JSONDecodeError("Extra data", window.text, window.position)
 
 
 def collect(
     file: str, items: Iterable[tuple[int, Any]], parse: Callable[[Any, int], Record]
 ) -> tuple[list[Record], list[QuarantinedRecord]]:
-    """Parse every `(line, item)` with `parse(item, line)`; what raises MalformedRecord is quarantined."""
+    """Parse every `(line, item)` with `parse(item, line)`; what raises MalformedRecord is quarantined.
+
+    DataError when more than `MAX_QUARANTINED` are.
+    """
     records, quarantined = [], []
     for line, item in items:
         try:
             records.append(parse(item, line))
         except MalformedRecord as error:
             quarantined.append(QuarantinedRecord(file, line, str(error)))
+            if len(quarantined) > MAX_QUARANTINED:
+                raise DataError(
+                    f"{file}: more than {MAX_QUARANTINED} records cannot be used, the last of them on line {line}: "
+                    f"{error}. Is this the right file?"
+                ) from error
     return records, quarantined
 
 
@@ -181,7 +274,7 @@ def collect_json(source: str, parse: Callable[[Any, int], Record]) -> tuple[list
     if source.endswith(".jsonl"):
         return collect(source, read_lines(source), lambda raw, line: parse(parse_json(decode_text(raw)), line))
     try:
-        return collect(source, iterate_json_list(read_document(source)), parse)
+        return collect(source, iterate_json_list(source), parse)
     except MalformedRecord as error:
         raise DataError(
             f"{source}: {error}. Make it one JSON list of objects; a file with one object a line is named .jsonl."

@@ -1,5 +1,6 @@
 """From prompts to what the SD3 transformer is conditioned on: two CLIP text encoders and, where there is one, T5."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from firm_jax import models
+from firm_jax.data.records import check_request_text
 from firm_jax.errors import ConfigError, WeightsError
 from firm_jax.mesh import batch_size, on_mesh, replicate, shard_batch, to_host
 
@@ -20,6 +22,7 @@ CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
 T5_ENCODER = "text_encoder_3"
 DEFAULT_TEXT_TOKENS = 256
 LARGEST_BATCH = 32
+SHOWN_CHARACTERS = 200
 
 
 class Conditioning(NamedTuple):
@@ -54,20 +57,27 @@ class TextEncoders:
         return cls(tokenizers, networks, width, mesh)
 
     def tokenize(self, prompts: Sequence[str], max_text_tokens: int) -> dict[str, Int[np.ndarray, "P T"]]:
-        """Token ids for each encoder, cut or padded to its length; a warning says when prompts are cut."""
+        """Token ids for each encoder, cut or padded to its length; a warning says when prompts are cut.
+
+        A special token that a prompt spells is text (`spell_out`). Raises DataError for a prompt that is no text or
+        longer than MAX_RECORD_BYTES.
+        """
         if max_text_tokens < 1:
             raise ConfigError(f"max_text_tokens must be at least 1, not {max_text_tokens}")
+        prompts = list(prompts)
+        for number, prompt in enumerate(prompts):
+            check_request_text(prompt, f"prompt {number}")
         ids = {}
         for name, tokenizer in self.tokenizers.items():
             length = max_text_tokens if name == T5_ENCODER else self.clip_tokens
-            prompts = list(prompts)
-            cut = [len(whole) > length for whole in tokenizer(prompts, verbose=False)["input_ids"]]
+            texts = spell_out(prompts, tokenizer)
+            cut = [len(whole) > length for whole in tokenizer(texts, verbose=False)["input_ids"]]
             if any(cut):
                 logging.warning(
                     "%d of %d prompts are longer than the %d tokens that %s reads, and are cut for it; the first: %r",
-                    *(sum(cut), len(cut), length, name, prompts[cut.index(True)]),
+                    *(sum(cut), len(cut), length, name, prompts[cut.index(True)][:SHOWN_CHARACTERS]),
                 )
-            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
             ids[name] = tokens["input_ids"].astype(np.int32)
         return ids
 
@@ -112,6 +122,18 @@ def _batches(count: int, divisor: int) -> Iterator[np.ndarray]:
     size += -size % divisor
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
+
+
+def spell_out(prompts: Sequence[str], tokenizer) -> list[str]:
+    """The prompts with a blank inside every special token that they spell, so that it is read as text.
+
+    Otherwise `<|endoftext|>` ends a prompt for CLIP, whose pooled vector is taken at the first end. Leaving it to the
+    tokenizer's `split_special_tokens` would not do: T5 has its special tokens among its word pieces too. One that is
+    a single character stays: the second tokenizer of the SD3 folders pads with "!", and people write that.
+    """
+    names = {name for name in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens) if len(name) > 1}
+    special = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+    return [special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", prompt) for prompt in prompts]
 
 
 def tokenizer_name(encoder: str) -> str:

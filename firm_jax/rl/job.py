@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from firm_jax.critic import Critic, Judgement
+from firm_jax.critic.score import prompt_check
 from firm_jax.data.groups import EpochGroups, PromptGroups
 from firm_jax.data.prompts import load_prompts
 from firm_jax.data.records import write_quarantine
@@ -60,6 +61,8 @@ def check_config(config) -> None:
         section, key = name.split(".")
         if not config[section][key] > 0:
             raise ConfigError(f"{name} is {config[section][key]}; it is above 0")
+    if not 0 <= config.critic.max_failure_rate <= 1:
+        raise ConfigError(f"critic.max_failure_rate is {config.critic.max_failure_rate}; it is a share, 0 to 1")
     reward = resolve_reward(config.reward.name, config.reward.weights)
     if unknown := sorted(set(reward.criteria) - set(RUBRICS)):
         raise ConfigError(
@@ -115,17 +118,25 @@ class Job:
         self.base_weights = {part: identity(folder) for part, folder in self.folders.items()}
         for section in (config.rollout, config.eval):
             check_size(self.folders["model"], section.height, section.width)
+        self.reward_function = resolve_reward(config.reward.name, config.reward.weights)
         self.prompts = load_prompts(
             embedded_path(config.prompts.train) or config.prompts.train,
             held_out_source=config.prompts.held_out
             and (embedded_path(config.prompts.held_out) or config.prompts.held_out),
             max_bad_fraction=config.prompts.max_bad_fraction,
+            check=self._prompt_check(),
         )
         self.groups = PromptGroups(self.prompts.train, seed=config.seed, **config.group)
-        self.reward_function = resolve_reward(config.reward.name, config.reward.weights)
         self.keys = [jax.random.fold_in(jax.random.key(config.seed), purpose) for purpose in range(4)]
         self.lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
         self.skipped = 0
+
+    def _prompt_check(self):
+        """What `load_prompts` asks about every prompt: whether the critic can be asked about its images."""
+        critic, folder = self.config.critic, self.folders["critic.model"]
+        criteria = [RUBRICS[criterion] for criterion in self.reward_function.criteria]
+        sizes = {(section.height, section.width) for section in (self.config.rollout, self.config.eval)}
+        return prompt_check(folder, critic.rubrics, criteria, sizes, critic.max_new_tokens)
 
     def begin(self, run: Run) -> tuple[dict, int]:
         """The state to start or to continue from, and how many epochs are done. Evaluates a policy not yet trained."""
