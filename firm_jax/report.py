@@ -102,7 +102,10 @@ def write_report(workdir: str | Path) -> Path:
 
 # Charts that hold more than one metric; every other metric gets its own. `*` is what is not drawn elsewhere.
 _SHARED_CHARTS = {
-    "reward by criterion": re.compile(r"reward/(?!mean$|std$|zero_std_ratio$|group_std$|missing$|.*_se$).*"),
+    "reward by criterion": re.compile(
+        r"reward/(?!mean$|std$|zero_std_ratio$|group_std$|missing$|missing_groups$|.*_se$).*"
+    ),
+    "judgements that failed, by reason": re.compile(r"critic/status/.*"),
     "seconds an epoch": re.compile(r"time/.*"),
 }
 _CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "goodput", "time")
@@ -178,7 +181,11 @@ def _health(workdir: Path, rows: list[dict]) -> list[dict]:
         lambda x: x > 0.5,
         "groups of equal rewards, nothing to learn from: {mean:.1%} on average",
     )
-    look("update/skipped", lambda x: x > 0, "updates skipped for numbers that were not finite: {worst:.0f}")
+    look(
+        "update/skipped",
+        lambda x: x > 0,
+        "updates skipped, for numbers that were not finite or for want of rewards: {worst:.0f}",
+    )
     lost = sorted({name for row in rows for name in row.get("non_finite", [])})
     findings.append(
         {"good": not lost, "text": f"metrics that were not finite at some time: {', '.join(lost) or 'none'}"}

@@ -44,6 +44,7 @@ def test_worked_example():
     np.testing.assert_allclose(advantages(rewards, jnp.array([3, 3, 8, 8])), expected, rtol=1e-6)
 
 
+@pytest.mark.fault("equal-rewards")
 def test_equal_rewards_give_exactly_zero():
     # Twelve times 0.7 does not average to 0.7 in float32; the groups' own std of 0 must not enlarge that.
     rewards = jnp.concatenate([jnp.full(12, 0.7), jnp.full(7, 0.1), jnp.array([0.2, 0.9])])
@@ -54,6 +55,7 @@ def test_equal_rewards_give_exactly_zero():
         assert result[19] < 0 < result[20]
 
 
+@pytest.mark.fault("missing-reward")
 def test_invalid_samples_and_lone_survivors_are_zero_and_change_nothing():
     rewards, groups = jnp.array([0.1, 0.9, 0.4, 0.7]), jnp.array([0, 0, 1, 1])
     valid = jnp.array([True, True, True, False])
@@ -61,6 +63,27 @@ def test_invalid_samples_and_lone_survivors_are_zero_and_change_nothing():
     np.testing.assert_array_equal(result[2:], [0, 0])
     np.testing.assert_array_equal(result, advantages(rewards.at[3].set(jnp.nan), groups, valid))
     np.testing.assert_array_equal(advantages(rewards, groups, jnp.zeros(4, bool)), np.zeros(4))
+
+
+@pytest.mark.fault("missing-reward")
+@pytest.mark.parametrize("global_std", [True, False])
+def test_a_group_without_rewards_is_as_one_that_was_never_drawn(global_std):
+    rng = np.random.default_rng(3)
+    rewards, groups = rng.uniform(size=24).astype(np.float32), np.repeat(np.arange(6), 4)
+    lost = groups == 2
+    rewards[lost] = np.nan
+    result = advantages(rewards, groups, ~lost, global_std=global_std)
+    assert np.all(np.asarray(result[lost]) == 0)
+    alone = advantages(rewards[~lost], groups[~lost], global_std=global_std)
+    np.testing.assert_allclose(result[~lost], alone, rtol=1e-6)
+
+
+@pytest.mark.fault("equal-rewards")
+@pytest.mark.parametrize("mode", ["all", "positive_only", "negative_only", "binary"])
+def test_rewards_that_are_equal_throughout_an_epoch_ask_for_nothing(mode):
+    result = advantages(jnp.full(12, 0.7), jnp.repeat(jnp.arange(3), 4))
+    np.testing.assert_array_equal(result, np.zeros(12))
+    np.testing.assert_array_equal(advantage_to_r(result, mode=mode), np.full(12, 0.5))
 
 
 def test_means_are_per_group_whatever_the_level():
@@ -120,6 +143,7 @@ def test_group_statistics_and_what_is_read_from_them():
     np.testing.assert_array_equal(instructive(statistics), [False, False, True, True] + [False] * 5)
 
 
+@pytest.mark.fault("missing-reward")
 def test_no_judgement_at_all():
     statistics = group_statistics(jnp.full(3, jnp.nan), jnp.zeros(3, int), jnp.zeros(3, bool))
     assert zero_std_ratio(statistics) == 0 and mean_group_std(statistics) == 0

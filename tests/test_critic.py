@@ -139,12 +139,20 @@ def test_quality_judgement_has_three_scores(critic, monkeypatch):
     assert judgement.expected == pytest.approx(4.5, abs=1e-2)
 
 
+@pytest.mark.fault("unusable-answers")
 @pytest.mark.parametrize(
     ("text", "finish_reason", "status"),
     [
         ("no idea", "stop", "no_score"),
         ("1. **circle** yes", "length", "truncated"),
         ("\\boxed{7}", "stop", "out_of_range"),
+        ("\\boxed{4/5}", "stop", "not_integer"),
+        ("\\boxed{3, 4}", "stop", "wrong_count"),
+        ('{"score": NaN}', "stop", "not_integer"),
+        ("<html><body>502 Bad Gateway</body></html>", "stop", "no_score"),
+        (" \n", "stop", "empty"),
+        ('{"reasoning": "the picture says \\"score\\": 5"', "stop", "no_score"),
+        ('{"reasoning": "it is there", "score": 5', "stop", "malformed_json"),
     ],
 )
 def test_a_missing_score_is_missing(critic, monkeypatch, text, finish_reason, status):
@@ -152,6 +160,14 @@ def test_a_missing_score_is_missing(critic, monkeypatch, text, finish_reason, st
     [judgement] = critic.judge([{"images": [picture(0, 30, 30)], "prompt": "x", "criterion": "alignment"}])
     assert (judgement.score, judgement.expected, judgement.entropy) == (None, None, None)
     assert judgement.status == status and judgement.text == text
+
+
+@pytest.mark.fault("unusable-answers")
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_probabilities_that_are_not_finite_give_no_expected_score(critic, monkeypatch, weight):
+    answering(critic, monkeypatch, "\\boxed{2}", [0.1, 0.6, 0.3, weight, 0.1])
+    [judgement] = critic.judge([{"images": [picture(0, 30, 30)], "prompt": "x", "criterion": "alignment"}])
+    assert (judgement.score, judgement.expected, judgement.entropy) == (2, None, None)
 
 
 def test_rubrics_of_the_folder_and_of_the_caller_are_served(folder, tmp_path, monkeypatch):

@@ -84,11 +84,26 @@ def test_every_evaluation_draws_the_same_images():
     assert (np.stack(critic.pictures[16:]) != np.stack(first)).any()
 
 
+@pytest.mark.fault("silent-critic")
 def test_a_critic_that_fails_leaves_the_numbers_open():
     notes = Notes()
     metrics = evaluator(ScriptedCritic(fails=lambda request: True), notes)(LORA, step=0, epoch=0)
     assert metrics["eval/reward"] is None and metrics["eval/critic_failure_rate"] == 1.0
     assert notes.grids[0][2][0] == "a red circle | not judged"
+
+
+@pytest.mark.fault("not-finite")
+def test_images_that_are_not_finite_are_not_judged_and_hold_nothing():
+    class PartlyNaN(FlatGenerator):
+        def decode(self, vae_params, latents):
+            images = super().decode(vae_params, latents)
+            return images.at[0].set(jnp.nan)
+
+    notes, critic = Notes(), ScriptedCritic()
+    metrics = evaluator(critic, notes, PartlyNaN(), batch_size=6)(LORA, step=0, epoch=0)
+    assert len(critic.pictures) == 2 * 3 and metrics["eval/critic_failure_rate"] == 0.25
+    assert metrics["eval/critic_status_image_not_finite"] == 2 and np.isfinite(metrics["eval/reward"])
+    assert notes.grids[0][2][0].endswith("| not judged")
 
 
 def test_nothing_is_judged_when_none_is_asked_for():
@@ -97,7 +112,8 @@ def test_nothing_is_judged_when_none_is_asked_for():
     assert len(critic.pictures) == 0
 
 
-def test_the_oracle_reads_the_pixels():
+@pytest.mark.fault("not-finite")
+def test_the_oracle_reads_the_pixels(monkeypatch):
     records = [
         {"tag": "colors", "include": [{"class": kind, "count": 1, "color": color}], "prompt": f"a {color} {kind}"}
         for color, kind in (("red", "square"), ("blue", "circle"))
@@ -121,10 +137,15 @@ def test_the_oracle_reads_the_pixels():
     def ask(prompts):
         return evaluator(ScriptedCritic(), Notes(), Painter(), prompts, oracle=True, judged=0)(LORA, step=0, epoch=0)
 
+    def decode_nothing(self, vae_params, latents):
+        return jnp.full((len(latents), *pictures.shape[1:]), jnp.nan)
+
     right, wrong, half = ask(prompts), ask(prompts[::-1]), ask([prompts[0], prompts[0]])
     assert right["eval/oracle_accuracy"] == right["eval/oracle_fraction"] == 1
     assert right["eval/oracle_accuracy_se"] == right["eval/oracle_fraction_se"] == 0
     assert wrong["eval/oracle_accuracy"] == 0 and wrong["eval/oracle_fraction"] < 1
+    monkeypatch.setattr(Painter, "decode", decode_nothing)
+    assert ask(prompts)["eval/oracle_accuracy"] == 0
     # Two prompts, one always right and one always wrong: three images of each make it no more certain than one.
     assert half["eval/oracle_accuracy"] == 0.5 and half["eval/oracle_accuracy_se"] == pytest.approx(0.5)
 

@@ -63,6 +63,7 @@ def test_alignment_when_answers_conflict(text, score):
     assert parse_alignment(text).scores == (score,)
 
 
+@pytest.mark.fault("unusable-answers")
 @pytest.mark.parametrize(
     ("text", "status"),
     [
@@ -125,6 +126,7 @@ def test_quality(text, scores):
     assert (parsed.scores, parsed.status) == (scores, "ok")
 
 
+@pytest.mark.fault("unusable-answers")
 @pytest.mark.parametrize(
     ("text", "status"),
     [
@@ -176,6 +178,7 @@ def test_edit(text, score):
     assert (parsed.scores, parsed.status) == ((score,), "ok")
 
 
+@pytest.mark.fault("unusable-answers")
 @pytest.mark.parametrize(
     ("text", "status"),
     [
@@ -254,6 +257,7 @@ def test_any_text_made_of_a_critic_s_words(text):
     check(text)
 
 
+@pytest.mark.fault("unusable-answers")
 @settings(deadline=None)
 @given(st.text(), st.integers(1, 5))
 def test_no_rationale_changes_a_well_formed_answer(reasoning, score):
@@ -262,6 +266,7 @@ def test_no_rationale_changes_a_well_formed_answer(reasoning, score):
         assert parse_edit(json.dumps({name: answer[name] for name in order})).scores == (score,)
 
 
+@pytest.mark.fault("unusable-answers")
 @settings(deadline=None)
 @given(st.floats(allow_nan=False), st.integers(-100, 100))
 def test_only_whole_numbers_in_range_are_scores(number, integer):

@@ -57,12 +57,14 @@ SCORES = {
 VALID = {"instruction": jnp.array([True, True, True, False]), "quality": jnp.array([True, False, True, True])}
 
 
+@pytest.mark.fault("missing-reward")
 def test_a_missing_judgement_never_becomes_a_number():
     reward, valid = jax.jit(resolve_reward("qma"))(SCORES, VALID)
     np.testing.assert_array_equal(valid, [True, False, True, False])
     np.testing.assert_allclose(reward, [0.7, np.nan, 0.75, np.nan], rtol=1e-6)
 
 
+@pytest.mark.fault("missing-reward")
 def test_a_number_left_where_the_mask_says_missing_is_not_used():
     scores = {"instruction": jnp.array([1.0, 1.0]), "quality": jnp.array([0.0, 0.0])}
     mask = {"instruction": jnp.array([True, True]), "quality": jnp.array([True, False])}
@@ -119,6 +121,7 @@ def test_a_user_s_function(user_module):
     np.testing.assert_allclose(values[0], 2 / (1 / 1.5 + 1 / 1.0), rtol=1e-6)
 
 
+@pytest.mark.fault("missing-reward")
 def test_a_user_s_infinite_reward_counts_as_missing(user_module):
     values, valid = resolve_reward(f"{user_module}:divides")(SCORES, VALID)
     np.testing.assert_array_equal(valid, [False, True, True, False])

@@ -1,10 +1,12 @@
 """Drawing and judging an epoch's images: each its own noise, one program, and no number for a failed judgement."""
 
+import contextlib
 import json
 from functools import partial
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripted import FlatGenerator, ScriptedCritic, judgement
@@ -115,30 +117,84 @@ def test_scores_are_on_a_scale_of_one_and_the_lowest_sub_score_counts():
     np.testing.assert_allclose(scores(found, "expected")[0], [0.25, 0.125, np.nan])
 
 
+@pytest.mark.fault("missing-reward")
 def test_metrics_count_what_is_missing_and_average_the_rest():
     judged = {
-        "instruction": [judgement("alignment", 5, 4.0, 0.2), judgement("alignment", None)],
+        "instruction": [judgement("alignment", 5, 4.0, 0.2), judgement("alignment", None, status="no score")],
         "quality": [judgement("quality", (3, 3, 3), None, 0.6), judgement("quality", (1, 5, 5), 2.0, None)],
     }
     parsed, expected = (judgement_metrics(judged, kind) for kind in ("parsed", "expected"))
     assert parsed == {
         "critic/failure_rate": 0.25,
+        "critic/status/no score": 1,
         "critic/entropy": pytest.approx(0.4),
         "reward/instruction": 1.0,
         "reward/quality": 0.25,
     }
     # A score whose digit's probabilities are unknown is no expected score.
     assert expected["critic/failure_rate"] == 0.5
+    assert expected["critic/status/no score"] == 1 and expected["critic/status/no_expected_score"] == 1
     assert expected["reward/instruction"] == 0.75 and expected["reward/quality"] == 0.25
 
 
+@pytest.mark.fault("silent-critic")
 def test_metrics_of_a_critic_that_never_answers_are_unknown():
-    judged = {"instruction": [judgement("alignment", None)] * 2}
+    judged = {"instruction": [judgement("alignment", None, status="empty")] * 2}
     assert judgement_metrics(judged, "parsed") == {
         "critic/failure_rate": 1.0,
+        "critic/status/empty": 2,
         "critic/entropy": None,
         "reward/instruction": None,
     }
+
+
+@pytest.mark.fault("missing-reward")
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_an_expected_score_that_is_not_finite_is_none(value):
+    judged = {"instruction": [judgement("alignment", 5, value), judgement("alignment", 4, 3.0)]}
+    values, exist = scores(judged["instruction"], "expected")
+    np.testing.assert_array_equal(values, [np.nan, 0.5])
+    np.testing.assert_array_equal(exist, [False, True])
+    metrics = judgement_metrics(judged, "expected")
+    assert metrics["critic/failure_rate"] == 0.5 and metrics["reward/instruction"] == 0.5
+    assert metrics["critic/status/no_expected_score"] == 1
+
+
+class PartlyNaN(FlatGenerator):
+    """Its network gives NaN for the prompts "bb", in the latents or, with `decoded`, only in the pixels."""
+
+    def __init__(self, mesh=None, decoded=False):
+        super().__init__(mesh)
+        self.decoded = decoded
+
+    def rollout(self, params, lora, noise, sigmas, conditioning, **given):
+        latents = super().rollout(params, lora, noise, sigmas, conditioning, **given)
+        bad = conditioning[:, None, None] == 2
+        return jnp.where(bad, 1e9 if self.decoded else jnp.inf, latents)
+
+    def decode(self, vae_params, latents):
+        return jnp.where(latents == 1e9, jnp.nan, super().decode(vae_params, latents))
+
+
+@pytest.mark.fault("not-finite")
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
+def test_an_image_that_is_not_finite_is_alone_in_that_and_is_not_shown_to_the_critic(drawn, decoded, sizes):
+    mesh = sizes and make_mesh(*sizes)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        _, images = draw(PartlyNaN(mesh, decoded), batch_size=8)
+    bad = ROWS == 1
+    assert np.isnan(images[bad]).all()
+    np.testing.assert_allclose(images[~bad], drawn[1][~bad], rtol=1e-6)
+    critic, records = ScriptedCritic(), [PromptRecord(PROMPTS[row]) for row in ROWS]
+    judged = judge(critic, images, records, ["instruction", "quality"], SimpleNamespace(max_new_tokens=9), list)
+    alone = judge(critic, images[~bad], [r for r, b in zip(records, bad, strict=True) if not b], ["quality"],
+                  SimpleNamespace(max_new_tokens=9), list)  # fmt: skip
+    assert len(critic.pictures) == 2 * 4 + 4
+    for found in judged.values():
+        assert [j.status for j in found] == ["image_not_finite" if b else "ok" for b in bad]
+    assert [j for j, b in zip(judged["quality"], bad, strict=True) if not b] == alone["quality"]
+    assert judgement_metrics(judged, "parsed")["critic/status/image_not_finite"] == 2
 
 
 def test_every_judgement_becomes_a_record_of_json():

@@ -143,6 +143,7 @@ def test_metrics_carry_the_promised_names(finished):
     assert all(line["loss/total"] > 0 and line["grad/norm"] > 0 and line["update/skipped"] == 0 for line in epochs)
 
 
+@pytest.mark.fault("missing-reward")
 def test_every_judgement_is_written_and_the_unreadable_ones_are_missing(finished):
     records = lines(finished / "judgements.jsonl")
     assert len(records) == 3 * 2 * 3 * 2  # epochs, prompts, images, criteria
@@ -251,6 +252,7 @@ def test_another_config_in_the_same_folder_is_refused_before_anything_is_loaded(
 # Judgements and numbers that fail
 
 
+@pytest.mark.fault("silent-critic")
 def test_a_critic_that_never_answers_stops_the_run_and_loses_nothing(world, tmp_path):
     config = config_for(world, train__epochs=1)
     with pytest.raises(CriticError, match=r"epoch 1: 100% .*no score: 12.*max_failure_rate = 0.2.*saved in"):
@@ -262,6 +264,7 @@ def test_a_critic_that_never_answers_stops_the_run_and_loses_nothing(world, tmp_
     assert [record["status"] for record in lines(tmp_path / "judgements.jsonl")] == ["ok"] * 12
 
 
+@pytest.mark.fault("missing-reward")
 def test_a_reward_that_is_not_a_number_is_masked(world, tmp_path):
     config = config_for(world, train__epochs=1, reward__name="scripted:sometimes_nan")
     config.reward.weights = {}
@@ -285,6 +288,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(job, "optimizer_batches", poison)
 
 
+@pytest.mark.fault("not-finite")
 def test_an_update_with_a_nan_is_not_made_and_its_prompts_are_kept(world, tmp_path, poisoned):
     run(config_for(world, train__epochs=1, train__max_skipped_updates=1), tmp_path)
     [_, line] = lines(tmp_path / "metrics.jsonl")
@@ -296,6 +300,7 @@ def test_an_update_with_a_nan_is_not_made_and_its_prompts_are_kept(world, tmp_pa
     assert all(np.isfinite(array).all() for array in last_state(tmp_path).values())
 
 
+@pytest.mark.fault("not-finite")
 def test_more_such_updates_than_allowed_stop_the_run_as_it_was(world, tmp_path, poisoned):
     config = config_for(world, train__epochs=3, train__max_skipped_updates=1)
     with pytest.raises(NonFiniteError, match=r"epoch 2: 2 updates .*max_skipped_updates = 1.*skipped_updates.jsonl"):
@@ -323,6 +328,107 @@ def test_a_run_sets_bad_prompts_aside_and_trains_on_the_others(world, tmp_path):
     assert {record["prompt"] for record in judged} == set(hostile.TEXTS)
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["epoch"] == 4
     assert "<script>alert" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def strict_lines(file: Path) -> list[dict]:
+    """`lines`, of a file that other readers of JSON than Python's take too."""
+    return [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """`spoiled(n)`: the first n images of an epoch are not finite, and the latents of all but the last of them."""
+
+    def spoil(count):
+        real = job.make_sampler
+
+        def make(*args):
+            sample = real(*args)
+
+            def draw(*given):
+                latents, images = sample(*given)
+                images[:count], latents[: count - 1] = np.nan, np.inf
+                return latents, images
+
+            return draw
+
+        monkeypatch.setattr(job, "make_sampler", make)
+
+    return spoil
+
+
+@pytest.mark.fault("not-finite")
+def test_an_image_that_is_not_finite_is_missing_and_nothing_else_is(world, tmp_path, spoiled):
+    spoiled(2)
+    config = config_for(world, train__epochs=1, critic__max_failure_rate=0.4)
+    run(config, tmp_path)
+    [_, line] = strict_lines(tmp_path / "metrics.jsonl")
+    assert line["reward/missing"] == 2 and line["critic/status/image_not_finite"] == 4 and line["update/skipped"] == 0
+    judged = strict_lines(tmp_path / "judgements.jsonl")
+    assert [r["image"] for r in judged if r["status"] == "image_not_finite" and r["reward"] is None] == [0, 1, 0, 1]
+    assert line["step"] == 2 and all(np.isfinite(array).all() for array in last_state(tmp_path).values())
+
+
+@pytest.mark.fault("not-finite")
+def test_more_such_images_than_allowed_stop_the_run_as_it_was(world, tmp_path, spoiled, monkeypatch):
+    config = config_for(world, train__epochs=1)
+    with monkeypatch.context():
+        spoiled(2)
+        with pytest.raises(
+            NonFiniteError, match=r"epoch 1: 2 of 6 images are not finite.*max_failure_rate = 0.2.*saved"
+        ):
+            run(config, tmp_path)
+    assert last_state(tmp_path)["step"] == 0 and len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.fault("missing-reward")
+def test_a_prompt_whose_judgements_all_fail_is_left_out(world, tmp_path):
+    config = config_for(world, train__epochs=2, critic__max_failure_rate=0.5)
+    run(config, tmp_path, ScriptedCritic(fails=lambda request: "star" in request["prompt"]))
+    epochs = strict_lines(tmp_path / "metrics.jsonl")[1:]
+    drawn = [
+        any("star" in r["prompt"] for r in lines(tmp_path / "judgements.jsonl") if r["epoch"] == epoch)
+        for epoch in range(2)
+    ]
+    assert sorted(drawn) == [False, True]  # the two epochs go once through the four prompts
+    for line, hit in zip(epochs, drawn, strict=True):
+        assert line["reward/missing"] == 3 * hit and line["reward/missing_groups"] == hit
+        assert line["critic/failure_rate"] == 0.5 * hit and line.get("critic/status/no score", 0) == 6 * hit
+        assert line["reward/mean"] > 0 and line["loss/total"] > 0 and line["update/skipped"] == 0
+
+
+@pytest.mark.fault("missing-reward", "silent-critic")
+def test_an_epoch_without_a_reward_changes_nothing(world, tmp_path, monkeypatch):
+    states, real = [], job.Job.end_epoch
+
+    def noted(self, state, *args):
+        states.append(jax.tree.map(np.asarray, state))
+        return real(self, state, *args)
+
+    monkeypatch.setattr(job.Job, "end_epoch", noted)
+    settings = {"critic__max_failure_rate": 1.0, "train__max_skipped_updates": 2}
+    run(config_for(world, train__epochs=1, **settings), tmp_path)
+    run(config_for(world, train__epochs=2, **settings), tmp_path, ScriptedCritic(fails=lambda request: True))
+    before, after = states
+    # The old policy follows at a distance: mixed once more, it would move without a reward.
+    pairs = zip(jax.tree.leaves(before["old"]), jax.tree.leaves(before["lora"]), strict=True)
+    assert before["step"] == 2 and any((old != new).any() for old, new in pairs)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    *_, line = strict_lines(tmp_path / "metrics.jsonl")
+    assert (line["epoch"], line["step"], line["update/skipped"], line["update/made"]) == (2, 2, 2, 0)
+    assert line["reward/mean"] is line["reward/std"] is line["loss/total"] is line["eval/reward"] is None
+    assert line["reward/missing_groups"] == 2 and line["critic/failure_rate"] == 1
+    assert [r["reason"] for r in strict_lines(tmp_path / "skipped_updates.jsonl")] == ["no image has a reward"] * 2
+    page = (tmp_path / "report.html").read_text()
+    assert "updates skipped, for numbers that were not finite or for want of rewards: 2" in page and ">nan<" not in page
+
+
+@pytest.mark.fault("equal-rewards")
+def test_an_epoch_of_equal_rewards_is_an_update_without_a_direction(world, tmp_path):
+    run(config_for(world, train__epochs=1), tmp_path, ScriptedCritic(perfect=lambda prompt: True))
+    [_, line] = strict_lines(tmp_path / "metrics.jsonl")
+    assert line["reward/zero_std_ratio"] == 1 and line["reward/std"] == 0 and line["update/skipped"] == 0
+    assert line["step"] == 2 and all(np.isfinite(array).all() for array in last_state(tmp_path).values())
 
 
 # What is refused at once

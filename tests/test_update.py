@@ -58,8 +58,8 @@ def problem():
     )
 
 
-def run(update, problem, size=M, mesh=None, steps=1, **changed):
-    """The state and metrics after `steps` updates in micro-batches of `size` samples."""
+def run(update, problem, size=M, mesh=None, steps=1, settings=SETTINGS, **changed):
+    """The state and metrics after `steps` updates in micro-batches of `size` samples, and the state before the last."""
     samples = problem.samples | changed
     rows = np.resize(np.arange(M), (-(-M // size), size))
     counted = np.arange(rows.size).reshape(rows.shape) < M
@@ -70,7 +70,7 @@ def run(update, problem, size=M, mesh=None, steps=1, **changed):
         params, conditioning, lora, old = replicate(
             (problem.params, problem.conditioning, problem.lora, problem.old), mesh
         )
-        optimizer = make_optimizer(SETTINGS)
+        optimizer = make_optimizer(settings)
         state = init_state(lora, optimizer) | {"old": init_state(old, optimizer)["old"]}
         before = state
         for _ in range(steps):
@@ -161,32 +161,105 @@ def test_eight_devices_make_the_step_of_one(update, problem, whole, sizes):
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
 
 
-def test_samples_that_count_for_nothing_may_hold_anything_finite(update, problem, whole):
+@pytest.mark.fault("missing-reward")
+@pytest.mark.parametrize("anything", [1e3, np.nan, np.inf])
+def test_samples_that_count_for_nothing_may_hold_anything(update, problem, whole, anything):
     samples = problem.samples
-    x0 = np.where(samples["valid"][:, None, None, None], samples["x0"], 1e3).astype(np.float32)
-    state, metrics, _ = run(update, problem, x0=x0)
+    x0 = np.where(samples["valid"][:, None, None, None], samples["x0"], anything).astype(np.float32)
+    r = np.where(samples["valid"], samples["r"], anything).astype(np.float32)
+    state, metrics, _ = run(update, problem, x0=x0, r=r)
     assert_bit_equal(state, whole[0])
     assert metrics == whole[1]
 
 
-@pytest.mark.parametrize("mesh_sizes", [None, (2, 2, 2)])
-def test_a_nan_on_one_device_moves_nothing_on_any(update, problem, mesh_sizes):
+MESHES = [None, (8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
+
+
+def on_every_device(tree):
+    """What each device holds of a replicated tree, as host arrays."""
+    return jax.tree.map(lambda array: [np.asarray(shard.data) for shard in array.addressable_shards], tree)
+
+
+def poisoned_velocity(params, lora, x, t, rows):
+    """`velocity`, whose gradient alone is NaN for the samples of a prompt with huge conditioning."""
+    return _poison(velocity(params, lora, x, t, rows), jnp.abs(rows[:, :1, None, None]) > 100)
+
+
+@jax.custom_vjp
+def _poison(v, where):
+    return v
+
+
+_poison.defvjp(lambda v, where: (v, where), lambda where, g: (jnp.where(where, jnp.nan, g), None))
+
+
+@pytest.mark.fault("not-finite")
+@pytest.mark.parametrize("mesh_sizes", MESHES)
+@pytest.mark.parametrize("bad", ["latent", "reward", "gradient"])
+def test_a_bad_number_on_one_device_moves_nothing_on_any(problem, mesh_sizes, bad):
     mesh = mesh_sizes and make_mesh(*mesh_sizes)
-    x0 = problem.samples["x0"].copy()
-    x0[5, 1, 2, 3] = np.nan
-    state, metrics, before = run(update, problem, 8, mesh, x0=x0)
-    assert metrics["update/skipped"] == 1 and np.isnan(metrics["loss/total"])
-    assert_bit_equal(state, before)
+    optimizer = make_optimizer(SETTINGS)
+    update = make_update(poisoned_velocity if bad == "gradient" else velocity, optimizer, SETTINGS, SCALE)
+    one = int(np.flatnonzero(problem.samples["valid"])[4])
+    samples = problem.samples | {"prompt": np.where(np.arange(M) == one, PROMPTS, problem.samples["prompt"] % PROMPTS)}
+    conditioning = np.concatenate([problem.conditioning, problem.conditioning[:1]])
+    rows = np.arange(M).reshape(M // 8, 8)
+
+    def updated(state, bad):
+        changed, table = {name: array[rows] for name, array in samples.items()}, conditioning.copy()
+        if bad == "latent":
+            changed["x0"][one // 8, one % 8, 1, 2, 0] = np.nan
+        elif bad == "reward":
+            changed["r"][one // 8, one % 8] = np.inf
+        elif bad == "gradient":
+            table[PROMPTS] = 1e3
+        batch = shard_batch(changed, mesh, axis=1)
+        batch["t"] = shard_batch(problem.t[rows].transpose(0, 2, 1), mesh, axis=2)
+        return update(*replicate((problem.params,), mesh), state, replicate(table, mesh), batch, KEY)
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        good, _ = updated(init_state(replicate(problem.lora, mesh), optimizer), None)
+        before = on_every_device(good)
+        after, metrics = updated(good, bad)
+        assert metrics["update/skipped"] and metrics["update/samples"] == samples["valid"].sum()
+        assert np.isfinite(metrics["loss/total"]) == (bad == "gradient") and not np.isfinite(metrics["grad/norm"])
+        assert_bit_equal(on_every_device(after), before)
+        assert_bit_equal(on_every_device(updated(after, None)[0]), on_every_device(updated(good, None)[0]))
+    # Momentum is there to move things: it is not for want of any that nothing moved.
+    assert any(np.abs(array).max() > 0 for array in jax.tree.leaves(to_numpy(good["optimizer"][1][0].mu)))
 
 
-def test_an_infinite_reward_moves_nothing(update, problem):
-    r = problem.samples["r"].copy()
-    r[0] = np.inf
-    state, metrics, before = run(update, problem, r=r)
-    assert metrics["update/skipped"] == 1
-    assert_bit_equal(state, before)
+@pytest.mark.fault("missing-reward")
+def test_a_group_without_rewards_is_as_one_that_was_never_drawn(update, problem):
+    lost = problem.samples["prompt"] == problem.samples["prompt"][0]
+    state, metrics, _ = run(update, problem, valid=problem.samples["valid"] & ~lost)
+    without = SimpleNamespace(**vars(problem) | {"t": np.resize(problem.t[~lost], (M, T))})
+    kept = {name: np.resize(array[~lost], (M, *array.shape[1:])) for name, array in problem.samples.items()}
+    kept["valid"] = kept["valid"] & (np.arange(M) < (~lost).sum())  # filled up with samples that do not count
+    expected, expected_metrics, _ = run(update, without, **kept)
+    assert 0 < metrics["update/samples"] == expected_metrics["update/samples"] < M - 3
+    assert_same_step(state, expected)
 
 
+@pytest.mark.fault("equal-rewards")
+def test_equal_rewards_leave_the_pull_to_the_reference_and_nothing_else(problem):
+    """r = 1/2 everywhere and the old policy is the trained one, as in the first update of an epoch."""
+    same, equal = SimpleNamespace(**vars(problem) | {"old": problem.lora}), {"r": np.full(M, 0.5, np.float32)}
+
+    def step(**changed):
+        settings = SimpleNamespace(**vars(SETTINGS) | changed)
+        return run(make_update(velocity, make_optimizer(settings), settings, SCALE), same, settings=settings, **equal)
+
+    state, metrics, _ = step()
+    expected, pull, _ = step(adv_clip=0.0)  # the factor of the policy's part of the loss
+    assert metrics["loss/policy"] > 0 == pull["loss/policy"] and metrics["update/skipped"] == 0 and state["step"] == 1
+    np.testing.assert_allclose(metrics["grad/norm"], pull["grad/norm"], rtol=1e-5)
+    assert_same_step(state, expected)
+    _, nothing, _ = step(kl_weight=0.0)
+    assert nothing["grad/norm"] < 1e-6 * metrics["grad/norm"]  # rounding
+
+
+@pytest.mark.fault("missing-reward")
 def test_nothing_valid_moves_nothing(update, problem):
     # A zero gradient would still let AdamW's decay and, later, its momentum move the parameters.
     state, metrics, before = run(update, problem, valid=np.zeros(M, bool))

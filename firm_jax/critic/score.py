@@ -158,11 +158,16 @@ class Critic:
         return Judgement(rubric.name, score, expected, entropy, text, "ok", parsed.reason, rubric.sha256)
 
     def _digit_probabilities(self, generation: Generation, starts: list[int]) -> np.ndarray | None:
-        """float64 [scores, 5] at the tokens that hold the characters `starts`; None if one is not a digit's token."""
+        """float64 [scores, 5] at the tokens that hold the characters `starts`.
+
+        None if one is not a digit's token, or the logits there are not finite.
+        """
         at = [self._token_at(generation.tokens, start) for start in starts]
         if not np.isin(generation.tokens[at], self.processor.digits).all():
             return None
         logits = generation.digit_logits[at].astype(np.float64)
+        if not np.isfinite(logits).all():
+            return None
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         return weights / weights.sum(-1, keepdims=True)
 

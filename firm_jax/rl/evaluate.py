@@ -74,7 +74,8 @@ class Evaluator:
 
     def _ask_oracle(self, images: np.ndarray) -> dict[str, float]:
         wanted = [Prompt.from_json({"prompt": p.text, **p.metadata}) for p in self.prompts]
-        holds = [oracle.check(image, prompt) for image, prompt in zip(images, wanted, strict=True)]
+        pictures = np.nan_to_num(images)  # one that is not finite is black: the generator has failed
+        holds = [oracle.check(picture, prompt) for picture, prompt in zip(pictures, wanted, strict=True)]
         fraction, accuracy = np.array([np.mean(h) for h in holds]), np.array([all(h) for h in holds], float)
         return {
             "eval/oracle_fraction": float(fraction.mean()),

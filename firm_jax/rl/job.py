@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from firm_jax.rl.nft import old_policy_decay
 from firm_jax.rl.rewards import resolve_reward
 from firm_jax.rl.rollout import (
     RUBRICS,
+    failures,
     judge,
     judgement_metrics,
     make_sampler,
@@ -195,7 +195,11 @@ class Job:
                 self._policy(old), self.conditioning, group.group_ids, group.sample_indices, self.keys[ROLLOUT]
             )
         if bad := [p.text for p, image in zip(self.drawn_for, images, strict=True) if not np.isfinite(image).all()]:
-            self._stop(group, NonFiniteError, f"{len(bad)} images are not finite, the first of the prompt {bad[0]!r}.")
+            told = f"{len(bad)} of {len(images)} images are not finite, the first of the prompt {bad[0]!r}"
+            if len(bad) > (limit := self.config.critic.max_failure_rate) * len(images):
+                remedy = "Start another run with a lower train.learning_rate, or with dtype float32."
+                self._stop(group, NonFiniteError, f"{told}, more than critic.max_failure_rate = {limit}. {remedy}")
+            logging.warning("epoch %d: %s; they are not judged and not learned from", group.epoch + 1, told)
         return latents, images
 
     def judge(self, images: np.ndarray) -> dict[str, list[Judgement]]:
@@ -215,12 +219,11 @@ class Job:
         write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards)
         rate = judgement_metrics(judged, kind)["critic/failure_rate"]
         if rate > limit:
-            statuses = Counter(j.status for judgements in judged.values() for j in judgements if j.score is None)
-            listed = ", ".join(f"{status}: {count}" for status, count in statuses.most_common())
+            listed = ", ".join(f"{status}: {count}" for status, count in failures(judged, kind).most_common())
             self._stop(
                 group,
                 CriticError,
-                f"{rate:.0%} of the critic's judgements have no {kind} score ({listed or 'no digit probabilities'}), "
+                f"{rate:.0%} of the critic's judgements have no {kind} score ({listed}), "
                 f"more than critic.max_failure_rate = {limit}. judgements.jsonl holds the answers. Is this critic "
                 "served with the rubrics it was trained with (critic.rubrics), and critic.max_new_tokens long enough?",
             )
@@ -238,7 +241,8 @@ class Job:
                 if terms[-1]["update/skipped"]:
                     self._skip(group, batch, terms[-1])
         made = [one for one in terms if not one["update/skipped"]]
-        return state, {name: float(np.mean([one[name] for one in made])) if made else None for name in terms[0]}
+        means = {name: float(np.mean([one[name] for one in made])) if made else None for name in terms[0]}
+        return state, means | {"update/made": len(made)}
 
     def _skip(self, group: EpochGroups, batch: dict, terms: dict[str, float]) -> None:
         """An update that had nothing to learn from, or would have brought in a NaN, was not made: say so, keep its
@@ -284,6 +288,7 @@ class Job:
             "reward/group_std": float(mean_group_std(statistics)),
             "reward/zero_std_ratio": float(zero_std_ratio(statistics)),
             "reward/missing": int((~valid).sum()),
+            "reward/missing_groups": len(group.prompts) - int((statistics.count > 0).sum()),
             "policy/old_decay": float(old_policy_decay(step, settings.decay_type)),
             "prompts/banned": len(self.groups.banned),
             "update/skipped": self.skipped,

@@ -1,5 +1,6 @@
 """Drawing and judging the images of an epoch."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -23,7 +24,8 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
 
     settings: steps, solver, guidance, height, width, batch_size (images that one call of the program draws). `prompt`
     is each image's row in `conditioning`; `number`, its number in the run, alone decides its noise. `lora` has its
-    strength folded in. Host arrays: final latents as the update wants them, images float32 in [0, 1].
+    strength folded in. Host arrays: final latents as the update wants them, images float32 in [0, 1], all NaN where
+    latents or pixels are not finite.
     """
     sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
     devices = batch_size(mesh)
@@ -50,7 +52,9 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
             part = shard_batch((prompt[chunk], number[chunk]), mesh)
             drawn = draw(generator.params, generator.vae_params, lora, conditioning, negative, *part, key)
             parts.append(to_host(drawn))
-        return tuple(np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
+        latents, images = (np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
+        images[~(_finite(latents) & _finite(images))] = np.nan
+        return latents, images
 
     return sample
 
@@ -63,6 +67,11 @@ def _chunks(count: int, size: int, multiple: int) -> Iterator[np.ndarray]:
         yield np.minimum(np.arange(start, start + size), count - 1)
 
 
+def _finite(arrays: np.ndarray) -> np.ndarray:
+    """Which of M arrays are finite throughout, [M]."""
+    return np.isfinite(arrays.reshape(len(arrays), -1)).all(axis=1)
+
+
 def judge(
     critic: Critic,
     images: np.ndarray,
@@ -73,17 +82,24 @@ def judge(
 ) -> dict[str, list[Judgement]]:
     """The critic's judgements of M images: criterion of the reward -> [M].
 
-    All are asked for at once, so that the critic encodes every image once.
+    All are asked for at once, so that the critic encodes every image once. An image that is not finite is not shown to
+    it: its judgement is missing, with the status "image_not_finite".
     """
-    pictures = [from_array(image) for image in images]
+    shown = _finite(images)
+    pictures = [(from_array(image), p) for image, p, ok in zip(images, prompts, shown, strict=True) if ok]
     requests = [
         {"images": [picture], "prompt": p.text, "requirement": p.requirement, "criterion": RUBRICS[criterion]}
         for criterion in criteria
-        for picture, p in zip(pictures, prompts, strict=True)
+        for picture, p in pictures
     ]
-    judgements = critic.judge(requests, max_new_tokens=settings.max_new_tokens, progress=progress)
-    count = len(pictures)
-    return {criterion: judgements[i * count : (i + 1) * count] for i, criterion in enumerate(criteria)}
+    judgements = iter(critic.judge(requests, max_new_tokens=settings.max_new_tokens, progress=progress))
+    return {
+        criterion: [next(judgements) if ok else _no_image(RUBRICS[criterion]) for ok in shown] for criterion in criteria
+    }
+
+
+def _no_image(rubric: str) -> Judgement:
+    return Judgement(rubric, None, None, None, "", "image_not_finite", "", "")
 
 
 def scores(judgements: Sequence[Judgement], kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -98,16 +114,30 @@ def scores(judgements: Sequence[Judgement], kind: str) -> tuple[np.ndarray, np.n
         return np.nan if value is None else float(np.min(value))
 
     values = np.asarray(normalise(np.array([one(judgement) for judgement in judgements], np.float32)))
-    return values, np.isfinite(values)
+    exist = np.isfinite(values)
+    return np.where(exist, values, np.float32(np.nan)), exist
+
+
+def failures(judged: dict[str, list[Judgement]], kind: str) -> Counter[str]:
+    """Why judgements have no score, and how often: their status, or "no_expected_score" where only that is missing."""
+    return Counter(
+        "no_expected_score" if judgement.status == "ok" else judgement.status
+        for judgements in judged.values()
+        for judgement, exists in zip(judgements, scores(judgements, kind)[1], strict=True)
+        if not exists
+    )
 
 
 def judgement_metrics(judged: dict[str, list[Judgement]], kind: str) -> dict[str, float | None]:
-    """Share of judgements without a score, mean entropy at the score, and the mean score of every criterion."""
+    """Share of judgements without a score, their number by reason (`critic/status/<status>`), mean entropy at the
+    score, and the mean score of every criterion."""
     everything = [judgement for judgements in judged.values() for judgement in judgements]
     entropies = [judgement.entropy for judgement in everything if judgement.entropy is not None]
     values = {name: scores(judgements, kind)[0] for name, judgements in judged.items()}
+    failed = failures(judged, kind)
     return {
-        "critic/failure_rate": float(np.isnan(np.concatenate(list(values.values()))).mean()),
+        "critic/failure_rate": failed.total() / len(everything),
+        **{f"critic/status/{status}": count for status, count in sorted(failed.items())},
         "critic/entropy": float(np.mean(entropies)) if entropies else None,
         **{f"reward/{name}": mean_or_none(found) for name, found in values.items()},
     }

@@ -30,7 +30,8 @@ def train(config, workdir: str) -> None:
                 advantage = advantages(rewards, group.group_ids, valid, global_std=settings.global_std)
                 r = advantage_to_r(advantage, clip=settings.adv_clip, mode=settings.adv_mode)
                 state, terms = job.update(state, group, latents, r, valid)
-                decay = old_policy_decay(state["step"], settings.decay_type)
-                state["old"] = mix(state["old"], state["lora"], decay)
+                if terms["update/made"]:
+                    decay = old_policy_decay(state["step"], settings.decay_type)
+                    state["old"] = mix(state["old"], state["lora"], decay)
 
                 job.end_epoch(state, group, judged, rewards, valid, terms)

@@ -46,8 +46,9 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
         valid [A, b]        judged or not      prompt [A, b] row of `conditioning`     sample [A, b]  its number
 
     A sample's noise comes from its number, and the loss is the mean over all valid samples and all timesteps: neither
-    micro-batching nor the number of devices changes the recipe. Where loss or gradient is not finite, or no sample is
-    valid, the state comes back as it was (not even AdamW's decay and momentum move it), and `update/skipped` is 1.
+    micro-batching nor the number of devices changes the recipe. Samples that are not valid may hold anything. Where
+    loss or gradient is not finite, or no sample is valid, the state comes back as it was (not even AdamW's decay and
+    momentum move it), and `update/skipped` is 1.
     """
 
     def timestep_loss(lora, old, params, part, t, noise, rows):
@@ -67,6 +68,8 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
 
         def micro_batch(total, part):
             rows = jax.tree.map(lambda table: take_rows(table, part["prompt"]), conditioning)
+            # Zero times NaN is NaN: what does not count is not to enter the network either.
+            part = part | {"x0": jnp.where(part["valid"][:, None, None, None], part["x0"], 0)}
             share = part["valid"].sum() / judged / timesteps
 
             def timestep(total, scanned):
