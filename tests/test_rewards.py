@@ -8,6 +8,8 @@ import pytest
 from firm_jax.errors import ConfigError
 from firm_jax.rl.rewards import (
     cme,
+    execution_only,
+    guarded_sum,
     instruction_only,
     normalise,
     qma,
@@ -37,7 +39,43 @@ def test_qma_and_cme_are_the_paper_s_formulas():
 def test_returning_the_source_pays_in_the_linear_sum_only():
     untouched = {"execution": jnp.zeros(1), "consistency": jnp.ones(1)}
     assert weighted_sum(untouched, {"execution": 0.5, "consistency": 0.5}) == 0.5
-    assert cme(**untouched) == 0
+    assert cme(**untouched) == guarded_sum(**untouched) == execution_only(untouched["execution"]) == 0
+
+
+def test_the_guard_pays_for_consistency_only_where_the_edit_was_made():
+    execution, consistency = jnp.array([0.0, 0.25, 0.5, 0.75, 1.0]), jnp.array([1.0, 1.0, 1.0, 0.5, 0.0])
+    expected = [0, 0.125, 0.75, 0.625, 0.5]
+    np.testing.assert_allclose(jax.jit(guarded_sum)(execution, consistency), expected, rtol=1e-6)
+    by_weights = guarded_sum(execution, consistency, execution_weight=0.6, consistency_weight=0.4, least_execution=0.75)
+    np.testing.assert_allclose(by_weights, [0, 0.15, 0.3, 0.65, 0.6], rtol=1e-6)
+    unguarded = guarded_sum(execution, consistency, least_execution=0.0)
+    linear = weighted_sum({"execution": execution, "consistency": consistency}, {"execution": 0.5, "consistency": 0.5})
+    np.testing.assert_allclose(unguarded, linear, rtol=1e-6)
+    assert jnp.isnan(guarded_sum(jnp.array([0.0]), jnp.array([jnp.nan]))).all()
+
+
+EDIT_SCORES = {
+    "execution": jnp.array([0.0, 1.0, 1.0, jnp.nan, 0.5]),
+    "consistency": jnp.array([1.0, 1.0, 0.0, 1.0, jnp.nan]),
+}
+
+
+@pytest.mark.fault("missing-reward")
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("cme", {"base": 0.6, "bonus": 0.4}, [0, 1, 0.6, np.nan, np.nan]),
+        ("weighted_sum", {"execution": 0.5, "consistency": 0.5}, [0.5, 1, 0.5, np.nan, np.nan]),
+        ("weighted_sum", {"execution": 0.6, "consistency": 0.4}, [0.4, 1, 0.6, np.nan, np.nan]),
+        ("guarded_sum", {}, [0, 1, 0.5, np.nan, np.nan]),
+        ("execution_only", {}, [0, 1, 1, np.nan, 0.5]),
+    ],
+)
+def test_the_rewards_for_editing_by_name(name, weights, expected):
+    valid = {criterion: jnp.isfinite(values) for criterion, values in EDIT_SCORES.items()}
+    rewards, present = jax.jit(resolve_reward(name, weights))(EDIT_SCORES, valid)
+    np.testing.assert_allclose(rewards, expected, rtol=1e-6)
+    np.testing.assert_array_equal(present, np.isfinite(expected))
 
 
 def test_weighted_sum_takes_names_or_places():
@@ -140,6 +178,7 @@ def test_a_user_s_infinite_reward_counts_as_missing(user_module):
         ("qma", {"base": "much"}, "much"),
         ("weighted_sum", None, "needs weights"),
         ("instruction_only", {"base": 1.0}, "base"),
+        ("guarded_sum", {"execution": 0.5}, "execution.*least_execution"),
     ],
 )
 def test_wrong_names_and_weights_are_named(user_module, name, weights, named):

@@ -28,6 +28,16 @@ def test_the_instruction_comes_last_between_its_markers(name):
     assert lines[-3:] == [f"START OF {kind} INSTRUCTION", "a red cube", f"END OF {kind} INSTRUCTION"]
 
 
+@pytest.mark.parametrize("name", ["edit_execution", "edit_consistency"])
+def test_an_edit_rubric_names_the_source_first_and_every_level_and_keeps_to_its_own_question(name):
+    text = load_rubric(name).text
+    assert 0 < text.index("first a source") < text.index("then the result")
+    assert [line[0] for line in text.splitlines() if line[1:4] == " - "] == list("54321")
+    left_out = {"edit_execution": "Changes that nobody asked for", "edit_consistency": "itself succeeded"}[name]
+    assert left_out in text
+    assert load_rubric(name).fill("a", "b").splitlines()[-3:-1] == ["a", "b"]
+
+
 def test_the_form_a_rubric_shows_is_the_form_its_parser_reads():
     alignment = load_rubric("alignment").text
     form = alignment[alignment.index("Checking the image") : alignment.index("START OF")]

@@ -67,6 +67,29 @@ def weighted_sum(
     return sum(weight * jnp.asarray(scores[name]) for name, weight in weights.items())
 
 
+def guarded_sum(
+    execution: Float[Array, "M"],
+    consistency: Float[Array, "M"],
+    execution_weight: float = 0.5,
+    consistency_weight: float = 0.5,
+    least_execution: float = 0.5,
+) -> Float[Array, "M"]:
+    """The linear sum for editing, in which consistency counts only where execution is at least `least_execution`.
+
+    The optional guard of FIRM's published code: below 0.5, a score of 3, an edit gets `execution_weight * execution`
+    alone, so that an untouched source is worth nothing. There it is written for "less than", compares with "at most",
+    and is switched off together with CME; here it is a reward of its own and means what it says.
+    """
+    kept = jnp.where(execution >= least_execution, consistency_weight * consistency, 0.0)
+    # Times zero rather than left out, so that a missing consistency stays missing under the guard.
+    return execution_weight * execution + kept + 0.0 * consistency
+
+
+def execution_only(execution: Float[Array, "M"]) -> Float[Array, "M"]:
+    """Execution of the edit alone: nothing then keeps the rest of the picture as it was."""
+    return execution
+
+
 def instruction_only(instruction: Float[Array, "M"]) -> Float[Array, "M"]:
     """Instruction following alone, the reward that FIRM shows to be hacked by silhouettes."""
     return instruction
@@ -107,19 +130,25 @@ class Reward:
         return jnp.where(present, reward, jnp.nan), present
 
 
-BUILT_IN = {"qma": qma, "cme": cme, "instruction_only": instruction_only}
+BUILT_IN = {
+    "qma": qma,
+    "cme": cme,
+    "guarded_sum": guarded_sum,
+    "instruction_only": instruction_only,
+    "execution_only": execution_only,
+}
 
 
 def resolve_reward(name: str, weights: Mapping[str, float] | None = None) -> Reward:
     """The reward of that name, ready to be called on a batch of scores.
 
     Args:
-        name: `qma`, `cme`, `weighted_sum`, `instruction_only`, or a function of the user's as
-            `module:function`. A function's parameters without default name the criteria it needs
+        name: `qma`, `cme`, `weighted_sum`, `guarded_sum`, `instruction_only`, `execution_only`, or a function of the
+            user's as `module:function`. A function's parameters without default name the criteria it needs
             (`instruction`, `quality`, `execution`, `consistency`), each an array `[M]` on [0, 1] with NaN for
             samples without a judgement; its parameters with a default are options. It returns `[M]`.
-        weights: values for the options (`base` and `bonus` for `qma` and `cme`); for `weighted_sum`,
-            criterion -> weight.
+        weights: values for the options (`base` and `bonus` for `qma` and `cme`, for example); for
+            `weighted_sum`, criterion -> weight.
 
     Raises:
         ConfigError: for an unknown name, a function that cannot be loaded, or weights it does not take.
