@@ -1,10 +1,14 @@
 """Runs a job: `python main.py --config configs/gen_qma.py:tiny --workdir runs/tiny [--config.key=value ...]`.
 
 The same command started again in the same workdir continues the run. Exit codes: 0 done; 2 something to put right,
-said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue: the RL job stops
-between two parts of a phase, as it was at the start of its epoch, other jobs at the end of theirs, and all of them at
-once before they have begun; 76 another process of the run is gone, start all again to continue. A second signal ends
-the process at once (143 or 130) and loses what was done since the last checkpoint.
+said in one message; 3 planned (`--plan`), and it does not fit; 75 stopped by SIGTERM or Ctrl-C with everything saved,
+start again to continue: the RL job stops between two parts of a phase, as it was at the start of its epoch, other jobs
+at the end of theirs, and all of them at once before they have begun; 76 another process of the run is gone, start all
+again to continue. A second signal ends the process at once (143 or 130) and loses what was done since the last
+checkpoint.
+
+`python main.py --config configs/gen_qma.py --plan v5e:4x4` compiles the job for that TPU topology, on any machine and
+without weights or a workdir, and prints what it needs of each chip and whether it fits.
 """
 
 import importlib
@@ -12,6 +16,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +27,7 @@ from ml_collections import config_flags
 from firm_jax import storage
 from firm_jax.config import parse_flags
 from firm_jax.errors import ConfigError, FirmError
+from firm_jax.plan import plan
 from firm_jax.processes import LOST_EXIT_CODE
 from firm_jax.run import STOPPED_EXIT_CODE, Stopped
 
@@ -32,13 +38,16 @@ JOBS = {
     "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
     "autoencoder": "firm_jax.generation.pretrain:train_autoencoder",
 }
+# Job -> its programs, from its config and a mesh: what `--plan` compiles.
+PLANS = {"rl": "firm_jax.rl.programs:RLPrograms"}
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, path/to/file.py[:variant].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: everything that the run leaves goes there.")
-flags.mark_flags_as_required(["config", "workdir"])
+_PLAN = flags.DEFINE_string("plan", None, "A TPU topology, such as v5e:4x4, to compile for instead of running.")
+flags.mark_flag_as_required("config")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     if len(argv) > 1:
         raise ConfigError(f"unexpected arguments {argv[1:]}; values are set as --config.key=value")
     if flags.FLAGS["verbosity"].using_default_value:  # what libraries tell of every checkpoint is for their authors
@@ -46,10 +55,23 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config.job not in JOBS:
         raise ConfigError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
+    if _PLAN.value is not None:
+        if config.job not in PLANS:
+            raise ConfigError(f"there is no plan for jobs of the kind {config.job!r} yet, only for {', '.join(PLANS)}")
+        jax.config.update("jax_platforms", "cpu")  # whatever chips this machine has are left alone
+        jax.config.update("jax_enable_compilation_cache", False)  # what is compiled here cannot run here
+        return plan(config, _PLAN.value, named(PLANS[config.job]))
+    if _WORKDIR.value is None:
+        raise ConfigError("the flag --workdir is missing: the folder for everything that the run leaves")
     use_compilation_cache()
     join_processes(config)
-    module, function = JOBS[config.job].split(":")
-    getattr(importlib.import_module(module), function)(config, _WORKDIR.value)
+    named(JOBS[config.job])(config, _WORKDIR.value)
+
+
+def named(name: str) -> Callable:
+    """What a name like `package.module:function` means."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def use_compilation_cache() -> None:

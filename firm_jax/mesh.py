@@ -55,14 +55,16 @@ def batch_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None or mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def shard_batch(tree, mesh: Mesh | None, axis: int = 0):
-    """Put arrays on the mesh with dimension `axis`, the batch, split over `data` and `fsdp`.
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Dimension `axis`, the batch, split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
 
-    That dimension must divide by `batch_size(mesh)`.
-    """
+
+def shard_batch(tree, mesh: Mesh | None, axis: int = 0):
+    """Put arrays on the mesh, split by `batch_sharding`; dimension `axis` must divide by `batch_size(mesh)`."""
     if mesh is None or mesh.empty:
         return jax.tree.map(jax.numpy.asarray, tree)
-    return _place(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES)))
+    return _place(tree, batch_sharding(mesh, axis))
 
 
 def to_host(tree):

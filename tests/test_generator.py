@@ -108,8 +108,8 @@ def test_an_adapter_changes_the_image_and_a_zero_one_does_not(generator, images)
 
 def test_each_distinct_prompt_is_encoded_once(generator, monkeypatch):
     encoded = []
-    text, encode = generator.text_encoders, generator.text_encoders._encode
-    monkeypatch.setattr(text, "_encode", lambda params, ids, *rest: encoded.append(ids) or encode(params, ids, *rest))
+    text, encode = generator.text_encoders, generator.text_encoders.encode_jitted
+    monkeypatch.setattr(text, "encode_jitted", lambda *given: encoded.append(given[1]) or encode(*given))
     prompts = [*PROMPTS, "a star", *PROMPTS]
     conditioning = generator.encode_prompts(prompts, 12)
     assert [len(ids["text_encoder"]) for ids in encoded] == [4]  # three distinct ones, filled up to a power of two

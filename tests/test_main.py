@@ -42,7 +42,7 @@ def run_main(*arguments, **environment):
         (["--config", CONFIG, "--workdir", "w", "--config.mesh.fsdp="], "--config.mesh.fsdp="),
         (["--config", CONFIG, "--workdir", "w", "--config.train.learning_rate=nan"], "train.learning_rate is nan"),
         (["--config", CONFIG, "--workdir", "w"], "config.job is 'fit_matrix'; the jobs are rl"),
-        (["--config", CONFIG], "--workdir"),
+        (["--config", "configs/gen_qma.py:tiny"], "--workdir is missing"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(arguments, message):

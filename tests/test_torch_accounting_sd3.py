@@ -9,35 +9,13 @@ diffusers = pytest.importorskip("diffusers")
 from firm_jax.interop.mapping import SAME_NAMES, tensors  # noqa: E402
 from firm_jax.models import abstract  # noqa: E402
 from firm_jax.models.sd3 import SD3Config, SD3Transformer  # noqa: E402
+from firm_jax.published import PIPELINES  # noqa: E402
 
-# transformer/config.json of the published pipelines
-SD3_MEDIUM = {
-    "_class_name": "SD3Transformer2DModel",
-    "attention_head_dim": 64,
-    "caption_projection_dim": 1536,
-    "in_channels": 16,
-    "joint_attention_dim": 4096,
-    "num_attention_heads": 24,
-    "num_layers": 24,
-    "out_channels": 16,
-    "patch_size": 2,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-    "sample_size": 128,
+PUBLISHED = {
+    "sd3_medium": PIPELINES["stabilityai/stable-diffusion-3-medium-diffusers"]["transformer"],
+    "sd35_medium": PIPELINES["stabilityai/stable-diffusion-3.5-medium"]["transformer"],
+    "sd35_large": PIPELINES["stabilityai/stable-diffusion-3.5-large"]["transformer"],
 }
-SD35_MEDIUM = SD3_MEDIUM | {
-    "dual_attention_layers": list(range(13)),
-    "pos_embed_max_size": 384,
-    "qk_norm": "rms_norm",
-}
-SD35_LARGE = SD3_MEDIUM | {
-    "caption_projection_dim": 2432,
-    "dual_attention_layers": [],
-    "num_attention_heads": 38,
-    "num_layers": 38,
-    "qk_norm": "rms_norm",
-}
-PUBLISHED = {"sd3_medium": SD3_MEDIUM, "sd35_medium": SD35_MEDIUM, "sd35_large": SD35_LARGE}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from firm_jax.critic.processing import Sequence, bucket, collate, image_table, power_of_two
-from firm_jax.mesh import BATCH_AXES, batch_size, replicate, shard_batch, to_host
+from firm_jax.critic.processing import Sequence, collate, image_table, padded, power_of_two
+from firm_jax.mesh import BATCH_AXES, batch_size, shard_batch, to_host
 from firm_jax.models.layers import zeros_beside
 
 CHUNK = 16  # decoding steps between two looks at which rows have ended
@@ -144,15 +144,22 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int):
 
 @jax.jit
 def keep_rows(state, rows):
-    """The decoding state of some of its rows."""
+    """The decoding state of some of its rows.
 
-    def take(x, axis):
-        sharding = jax.typeof(x).sharding
-        where = (slice(None),) * axis + (rows,)
-        return x.at[where].get(out_sharding=None if sharding.mesh.empty else sharding, mode="clip")
+    rows int32, split as the batch is: which rows each device keeps, counted in its own part of the batch. No device
+    gets a row of another, whose keys and values would outweigh the model.
+    """
+    batched = {name: state[name] for name in ("kv_segments", "logits", "position", "ended")}
+    mesh = jax.typeof(rows).sharding.mesh
 
-    kept = {name: take(state[name], 0) for name in ("kv_segments", "logits", "position", "ended")}
-    return kept | {"cache": jax.tree.map(lambda x: take(x, 1), state["cache"]), "slot": state["slot"]}
+    def take(batched, cache, rows):
+        return {name: x[rows] for name, x in batched.items()}, {name: x[:, rows] for name, x in cache.items()}
+
+    if not mesh.empty:
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (batched, state["cache"], rows))
+        take = jax.shard_map(take, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
+    batched, cache = take(batched, state["cache"], rows)
+    return batched | {"cache": cache, "slot": state["slot"]}
 
 
 class Decoder:
@@ -188,7 +195,8 @@ class Decoder:
         chunks = -(-max_new_tokens // CHUNK)
         with jax.set_mesh(self.mesh) if self.mesh is not None else nullcontext():
             state = self._prefill(sequences, chunks * CHUNK)
-            live = np.arange(len(sequences))  # which sequence stands in which of the state's first rows
+            served = np.full(len(state["ended"]), NOTHING)  # which sequence stands in each of the state's rows
+            served[: len(sequences)] = np.arange(len(sequences))
             tokens = np.full((len(sequences), chunks * CHUNK), NOTHING, np.int32)
             digits = np.zeros((len(sequences), chunks * CHUNK, len(self.rules.digits)), np.float32)
             for chunk in range(chunks):
@@ -197,11 +205,12 @@ class Decoder:
                 )
                 place = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
                 new_tokens, new_digits, ended = to_host((new_tokens, new_digits, state["ended"]))
-                tokens[live, place] = new_tokens[: len(live)]
-                digits[live, place] = new_digits[: len(live)]
-                state, live = self._drop_ended(state, ended, live)
-                if not len(live):
+                live = served != NOTHING
+                tokens[served[live], place] = new_tokens[live]
+                digits[served[live], place] = new_digits[live]
+                if ended.all():
                     break
+                state, served = self._drop_ended(state, ended, served)
         return [self._trim(*row, max_new_tokens) for row in zip(tokens, digits, strict=True)]
 
     def _prefill(self, sequences: list[Sequence], new_slots: int):
@@ -210,8 +219,7 @@ class Decoder:
         if rows:
             merged = table["patches"].shape[1] // self.merge**2
             vision = encode_images(self.graphdef, self.params, shard_batch(table, self.mesh))
-        batch = power_of_two(len(sequences), self.multiple)
-        length = bucket(max(map(len, sequences)), smallest=64)
+        batch, length = padded(len(sequences), max(map(len, sequences)), self.multiple)
         host = collate(sequences, rows, merged, batch=batch, length=length, side="left")
         following = np.zeros(batch, np.int32)
         following[: len(sequences)] = [sequence.next_position for sequence in sequences]
@@ -230,15 +238,15 @@ class Decoder:
             new_slots=new_slots,
         )
 
-    def _drop_ended(self, state, ended: np.ndarray, live: np.ndarray):
-        """The state and `live` without the rows that have `ended`, once that allows a smaller batch."""
-        size = len(ended)
-        going = np.flatnonzero(~ended[: len(live)])
-        smaller = power_of_two(len(going), self.multiple)
-        if not len(going) or smaller == size:
-            return state, live[:0] if not len(going) else live
-        rows = np.concatenate([going, np.flatnonzero(ended)])[:smaller]  # ended rows fill the batch
-        return keep_rows(state, replicate(rows, self.mesh)), live[going]
+    def _drop_ended(self, state, ended: np.ndarray, served: np.ndarray):
+        """The state and `served` without rows that have `ended`, once every device can halve its part of the batch."""
+        ended = ended.reshape(self.multiple, -1)
+        size = power_of_two((~ended).sum(1).max())
+        if size == ended.shape[1]:
+            return state, served
+        rows = np.argsort(ended, axis=1, kind="stable")[:, :size]  # ended rows fill the batch
+        served = np.take_along_axis(np.where(ended, NOTHING, served.reshape(ended.shape)), rows, axis=1).reshape(-1)
+        return keep_rows(state, shard_batch(rows.reshape(-1).astype(np.int32), self.mesh)), served
 
     def _trim(self, tokens: np.ndarray, digits: np.ndarray, max_new_tokens: int) -> Generation:
         tokens = tokens[:max_new_tokens]

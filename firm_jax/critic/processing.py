@@ -7,6 +7,7 @@ difference on purpose: a prompt's own text is always text, also where it spells 
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +61,19 @@ class ImageConfig:
 
         Raises WeightsError when neither file is there or readable, ConfigError for a setting that is not supported.
         """
-        raw, file = _image_processor_json(Path(folder))
+        return cls.from_json(*_image_processor_json(Path(folder)))
+
+    @classmethod
+    def from_json(cls, raw: Mapping, where: str | Path) -> "ImageConfig":
+        """The settings in such a file; `where` stands in the errors."""
         for switch in ("do_resize", "do_rescale", "do_normalize"):
             if raw.get(switch, True) is not True:
-                raise ConfigError(f"{file}: {switch}={raw[switch]!r} is not supported; it must be true")
+                raise ConfigError(f"{where}: {switch}={raw[switch]!r} is not supported; it must be true")
         size = raw.get("size") or {}
 
         def need(value, name: str):
             if value is None:
-                raise ConfigError(f"{file} lacks {name}")
+                raise ConfigError(f"{where} lacks {name}")
             return value
 
         return cls(
@@ -325,14 +330,18 @@ def image_table(sequences: list[Sequence], *, multiple: int = 1) -> tuple[dict, 
     distinct = {image.digest: image for sequence in sequences for image in sequence.images}
     if not distinct:
         return {"patches": np.zeros((0, 0, 0), np.float32), "grids": np.zeros((0, 2), np.int32)}, {}
-    length = bucket(max(len(image.patches) for image in distinct.values()), smallest=64)
-    count = power_of_two(len(distinct), multiple)
+    count, length = padded(len(distinct), max(len(image.patches) for image in distinct.values()), multiple)
     patches = np.zeros((count, length, next(iter(distinct.values())).patches.shape[1]), np.float32)
     grids = np.zeros((count, 2), np.int32)
     for row, image in enumerate(distinct.values()):
         patches[row, : len(image.patches)] = image.patches
         grids[row] = image.grid
     return {"patches": patches, "grids": grids}, {digest: row for row, digest in enumerate(distinct)}
+
+
+def padded(rows: int, length: int, multiple: int) -> tuple[int, int]:
+    """The shape that `rows` images of up to `length` patches, or prompts of up to `length` tokens, are padded to."""
+    return power_of_two(rows, multiple), bucket(length, smallest=64)
 
 
 def power_of_two(count: int, multiple: int = 1) -> int:

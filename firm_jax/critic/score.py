@@ -66,7 +66,7 @@ class Critic:
                 )
         self.processor, self.rubrics = processor, rubrics
         self.max_length = model.config.text.max_position_embeddings
-        rules = TokenRules(tuple(ends), _banned(model.config, processor), processor.digits)
+        rules = TokenRules(tuple(ends), banned_tokens(model.config, processor), processor.digits)
         self.decoder = Decoder(model, rules, mesh=mesh, max_batch=max_batch)
 
     @classmethod
@@ -249,8 +249,8 @@ def end_tokens(folder: Path, processor: Processor) -> tuple[int, ...]:
     return tuple(sorted({*ends, processor.turn_end}))
 
 
-def _banned(config, processor: Processor) -> tuple[int, ...]:
+def banned_tokens(config, processor: Processor | None = None) -> tuple[int, ...]:
     """The vision tokens: written as text, they would be read as images when the answer is replayed."""
     ids = {config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id}
-    pad = processor.tokenizer.token_to_id("<|vision_pad|>")
+    pad = processor.tokenizer.token_to_id("<|vision_pad|>") if processor else None
     return tuple(sorted(ids if pad is None else {*ids, pad}))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from firm_jax import models
 from firm_jax.errors import ConfigError, WeightsError
-from firm_jax.generation.generator import Generator
+from firm_jax.generation.generator import Generator, read_model_index
 from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
 from firm_jax.generation.text import (
     CLIP_ENCODERS,
@@ -91,6 +91,29 @@ class SD3Generator(Generator):
         text_encoders = TextEncoders.from_folder(folder, encoders, width, dtype, mesh)
         return cls(transformer, vae, text_encoders, read_scheduler(folder), mesh, lora)
 
+    @classmethod
+    def from_configs(cls, configs: Mapping[str, Mapping], dtype, mesh: Mesh) -> "SD3Generator":
+        """The pipeline with shapes in the place of weights and without tokenizers: to be compiled, not run.
+
+        configs: part of the pipeline -> the content of its JSON file, as `read_configs` gives them.
+        """
+
+        def network(part, dtype):
+            return models.from_config(configs[part], dtype, mesh, f"the config.json of {part}")
+
+        encoders = [part for part in (*CLIP_ENCODERS, T5_ENCODER) if part in configs]
+        width = configs["transformer"]["joint_attention_dim"]
+        text_encoders = TextEncoders({}, {part: network(part, dtype) for part in encoders}, width, mesh)
+        return cls(network("transformer", dtype), network("vae", "float32"), text_encoders, configs["scheduler"], mesh)
+
+    @staticmethod
+    def read_configs(folder: Path) -> dict[str, dict]:
+        """The JSON files of a pipeline folder by part; `text_encoder_3` only where the folder has it."""
+        parts = ["transformer", "vae", *CLIP_ENCODERS]
+        if (read_model_index(folder).get(T5_ENCODER) or [None])[0] is not None:
+            parts.append(T5_ENCODER)
+        return {part: models.read_config(folder / part) for part in parts} | {"scheduler": read_scheduler(folder)}
+
     def save_pretrained(self, folder, dtype=None) -> None:
         """Write the pipeline as a folder that diffusers opens; dtype None keeps that of each part's weights."""
         folder = Path(folder)
@@ -154,8 +177,20 @@ class SD3Generator(Generator):
 
     def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
         """Floating-point operations of the transformer for one image at one noise level, by our count."""
+        return self.config.forward_flops(self._image_tokens(height, width), text_tokens)
+
+    def backward_flops(self, height: int, width: int, text_tokens: int) -> int:
+        """Those of the gradient of a LoRA's loss, its forward pass left out."""
+        return self.config.backward_flops(self._image_tokens(height, width), text_tokens)
+
+    def decode_flops(self, height: int, width: int) -> int:
+        """Those of decoding one image."""
         h, w, _ = self.latent_shape(height, width)
-        return self.config.forward_flops(h * w // self.config.patch_size**2, text_tokens)
+        return self.vae_config.decode_flops(h, w)
+
+    def _image_tokens(self, height: int, width: int) -> int:
+        h, w, _ = self.latent_shape(height, width)
+        return h * w // self.config.patch_size**2
 
     def image_size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width in pixels of latents h x w."""
@@ -163,8 +198,7 @@ class SD3Generator(Generator):
 
     def sigmas(self, steps: int, height: int, width: int) -> Float[Array, "steps+1"]:
         """The schedule that the folder's scheduler config asks for."""
-        h, w, _ = self.latent_shape(height, width)
-        return sigmas_from_config(self.scheduler, steps, (h // self.config.patch_size) * (w // self.config.patch_size))
+        return sigmas_from_config(self.scheduler, steps, self._image_tokens(height, width))
 
 
 def latent_shape(config: SD3Config, vae_config: AutoencoderKLConfig, height: int, width: int) -> tuple[int, int, int]:

@@ -36,7 +36,8 @@ class TextEncoders:
     """The tokenizers and text encoders of a pipeline, by their names in its folder.
 
     Without T5, zeros stand for its tokens, as the model was trained to expect. `width` is the transformer's
-    `joint_attention_dim`, to which CLIP's states are padded with zeros.
+    `joint_attention_dim`, to which CLIP's states are padded with zeros. Without tokenizers, `encode` can be compiled
+    for the networks' full lengths.
     """
 
     def __init__(self, tokenizers: Mapping, networks: Mapping[str, nnx.Module], width: int, mesh: Mesh | None = None):
@@ -45,9 +46,11 @@ class TextEncoders:
         split = {name: nnx.split(network) for name, network in networks.items()}
         self.graphdefs = {name: graphdef for name, (graphdef, _) in split.items()}
         self.params = {name: params for name, (_, params) in split.items()}
-        positions = min(self.configs[name].max_position_embeddings for name in CLIP_ENCODERS)
-        self.clip_tokens = min(positions, self.tokenizers["text_encoder"].model_max_length)
-        self._encode = jax.jit(self.encode, static_argnums=2)
+        lengths = [self.configs[name].max_position_embeddings for name in CLIP_ENCODERS]
+        if tokenizers:
+            lengths.append(tokenizers["text_encoder"].model_max_length)
+        self.clip_tokens = min(lengths)
+        self.encode_jitted = jax.jit(self.encode, static_argnums=2)
 
     @classmethod
     def from_folder(cls, folder: Path, names: Sequence[str], width: int, dtype, mesh: Mesh | None) -> "TextEncoders":
@@ -107,7 +110,7 @@ class TextEncoders:
         for batch in _batches(len(rows), batch_size(self.mesh)):
             part = shard_batch({name: tokens[batch] for name, tokens in ids.items()}, self.mesh)
             with on_mesh(self.mesh):
-                parts.append(to_host(self._encode(self.params, part, max_text_tokens)))
+                parts.append(to_host(self.encode_jitted(self.params, part, max_text_tokens)))
         index = [rows[prompt] for prompt in prompts]
         return replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays)[index], *parts), self.mesh)
 
@@ -116,10 +119,16 @@ class TextEncoders:
         return {name: nnx.merge(graphdef, self.params[name]) for name, graphdef in self.graphdefs.items()}
 
 
-def _batches(count: int, divisor: int) -> Iterator[np.ndarray]:
-    """Rows 0..count-1 in batches of a power of two (so that few programs are compiled), the last one filled up."""
+def encoded_together(count: int, divisor: int) -> int:
+    """How many of `count` prompts one call encodes: a power of two, so that few programs are compiled, filled up to a
+    multiple of `divisor`."""
     size = min(LARGEST_BATCH, 1 << (count - 1).bit_length())
-    size += -size % divisor
+    return size + -size % divisor
+
+
+def _batches(count: int, divisor: int) -> Iterator[np.ndarray]:
+    """Rows 0..count-1 in batches of one size, the last one filled up."""
+    size = encoded_together(count, divisor)
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
 

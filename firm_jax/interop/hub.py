@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import WeightsError
@@ -44,6 +44,19 @@ def resolve(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Pa
     except Exception as error:  # network errors have other classes in each version of the Hub's client
         reason = f"it is not cached and could not be fetched ({type(error).__name__}: {error})"
         raise _missing(name, looked_in, reason) from error
+
+
+def find_local(path_or_id: str | os.PathLike) -> Path | None:
+    """The folder of a model that is on this machine, be it without its weights; None where there is none."""
+    if embedded := embedded_path(str(path_or_id)):
+        return embedded
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(path_or_id), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def identity(folder: Path) -> str:

@@ -7,14 +7,17 @@ files hold more than the parameters, `ignored(config)` (names of buffers) and `t
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from firm_jax.errors import ConfigError, WeightsError
 from firm_jax.interop.files import read_json
+from firm_jax.sharding import shardings
 
 # PyTorch class name -> module of this package, class
 CLASSES = {
@@ -41,6 +44,30 @@ def abstract(network: type[nnx.Module], config) -> nnx.Module:
     return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
 
 
+def from_config(raw: Mapping, dtype, mesh: Mesh, where: str = "config.json") -> nnx.Module:
+    """The network of a config.json on the mesh by its sharding rules, with shapes in the place of weights.
+
+    Such a network can be compiled, not run. `where` stands in the errors, which are those of `from_pretrained`.
+    """
+    network, config = _of_config(raw, where)
+    graphdef, params = nnx.split(abstract(network, config))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
+        params,
+        shardings(params, network.sharding_rules, mesh),
+    )
+    return nnx.merge(graphdef, placed)
+
+
+def _of_config(raw: Mapping, where) -> tuple[type[nnx.Module], object]:
+    """Class and config of a config.json's content."""
+    names = [raw["_class_name"]] if "_class_name" in raw else list(raw.get("architectures") or [])
+    if not names:
+        raise ConfigError(f"{where} names no class (neither _class_name nor architectures)")
+    network = network_class(names[0])
+    return network, network.config_class.from_hf(raw)
+
+
 def read_config(folder: Path) -> dict:
     """The folder's config.json; WeightsError when it is missing or not JSON."""
     file = Path(folder) / "config.json"
@@ -62,12 +89,7 @@ def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
     if (name := dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not one that weights are held in: {', '.join(DTYPES)}")
     folder = resolve(folder)
-    raw = read_config(folder)
-    names = [raw["_class_name"]] if "_class_name" in raw else list(raw.get("architectures") or [])
-    if not names:
-        raise ConfigError(f"{folder / 'config.json'} names no class (neither _class_name nor architectures)")
-    network = network_class(names[0])
-    config = network.config_class.from_hf(raw)
+    network, config = _of_config(read_config(folder), folder / "config.json")
     graphdef, params = nnx.split(abstract(network, config))
     params = load_params(
         params,

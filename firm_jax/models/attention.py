@@ -15,9 +15,15 @@ IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _BLOCK = 128  # splash: lengths are padded to a multiple of this
 
 
-def default_implementation() -> str:
-    """`cudnn` on a CUDA GPU, `splash` on a TPU, `xla` elsewhere."""
-    return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+def default_implementation(x) -> str:
+    """`cudnn` on a CUDA GPU, `splash` on a TPU, `xla` elsewhere.
+
+    Of the platform of x's mesh, which a program may be compiled for without being there; outside a mesh, of JAX's
+    default one.
+    """
+    device = jax.typeof(x).sharding.mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla")
 
 
 def attention(
@@ -42,7 +48,7 @@ def attention(
     A query that sees no key at all returns zeros under every implementation. `bias`, `positions` and float32
     inputs are served by `xla` whatever is asked for: no kernel takes them.
     """
-    implementation = implementation or default_implementation()
+    implementation = implementation or default_implementation(q)
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"unknown attention implementation {implementation!r}; choose from {IMPLEMENTATIONS}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -61,6 +61,12 @@ class CLIPTextConfig:
             **{field: raw[field] for field in optional if field in raw},
         )
 
+    def forward_flops(self, tokens: int) -> int:
+        """Floating-point operations for one text: the layers' matmuls and attention, by our count."""
+        D, F = self.hidden_size, self.intermediate_size
+        layer = 2 * tokens * (4 * D * D + 2 * D * F) + 4 * tokens * tokens * D
+        return self.num_hidden_layers * layer + 2 * D * self.projection_dim
+
     def to_hf(self) -> dict:
         return {
             "architectures": [CLIPTextModel.hf_class],

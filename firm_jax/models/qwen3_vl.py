@@ -91,6 +91,17 @@ class Qwen3VLTextConfig:
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
 
+    def forward_flops(self, tokens: int, slots: int, logits: int) -> int:
+        """Floating-point operations of one sequence, by our count: matmuls, attention and the output head.
+
+        `tokens` that attend to `slots` each, all of them counted though the later ones are masked; `logits`: for how
+        many tokens the head is computed.
+        """
+        D, F, H = self.hidden_size, self.intermediate_size, self.head_dim
+        queries, keys = self.num_attention_heads * H, self.num_key_value_heads * H
+        layer = 2 * tokens * (2 * D * queries + 2 * D * keys + 3 * D * F) + 4 * tokens * slots * queries
+        return self.num_hidden_layers * layer + 2 * logits * D * self.vocab_size
+
     def to_hf(self) -> dict:
         raw = {name: getattr(self, name) for name in self.__dataclass_fields__}
         raw["rope_parameters"] = {

@@ -87,12 +87,24 @@ class SD3Config:
 
     def forward_flops(self, image_tokens: int, text_tokens: int) -> int:
         """Floating-point operations of one sample's forward pass: the blocks' matmuls and attention, by our count."""
+        matmuls, scores = self._operations(image_tokens, text_tokens)
+        return matmuls + scores
+
+    def backward_flops(self, image_tokens: int, text_tokens: int) -> int:
+        """Operations of the gradient of a LoRA's loss, its forward pass left out.
+
+        The weights are frozen: a matmul costs the gradient of its input alone, one of attention those of two.
+        """
+        matmuls, scores = self._operations(image_tokens, text_tokens)
+        return matmuls + 2 * scores
+
+    def _operations(self, image_tokens: int, text_tokens: int) -> tuple[int, int]:
+        """Operations of the forward pass with weights, and of attention's two matmuls without."""
         D, S, T, L = self.width, image_tokens, text_tokens, self.num_layers
         # A stream's matmuls have 4 D^2 weights in attention and 8 D^2 in the feed-forward; two operations each.
         streams = 2 * 12 * D * D * (S * L + T * (L - 1)) + 2 * 3 * D * D * T
-        joint_attention = 4 * (S + T) ** 2 * D * L
-        dual_attention = self.dual_layers * (2 * 4 * D * D * S + 4 * S * S * D)
-        return streams + joint_attention + dual_attention
+        dual = self.dual_layers
+        return streams + dual * 2 * 4 * D * D * S, 4 * (S + T) ** 2 * D * L + dual * 4 * S * S * D
 
     def check_latent_size(self, h: int, w: int) -> None:
         """ConfigError unless latents of h x w can be cut into patches and have positions in the table."""

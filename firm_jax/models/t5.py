@@ -62,6 +62,12 @@ class T5Config:
         del fields["feed_forward_proj"]
         return cls(**fields, **{field: raw[field] for field in optional if field in raw})
 
+    def forward_flops(self, tokens: int) -> int:
+        """Floating-point operations for one text: the layers' matmuls and attention, by our count."""
+        D, F, inner = self.d_model, self.d_ff, self.num_heads * self.d_kv
+        layer = 2 * tokens * (4 * D * inner + 3 * D * F) + 4 * tokens * tokens * inner
+        return self.num_layers * layer
+
     def to_hf(self) -> dict:
         return {
             "architectures": [T5Encoder.hf_class],

@@ -90,6 +90,27 @@ class AutoencoderKLConfig:
             **{field: raw.get(field, default) for field, default in defaults.items()},
         )
 
+    def decode_flops(self, h: int, w: int) -> int:
+        """Floating-point operations of decoding one image's latents: convolutions and attention, by our count."""
+        widths, places = self.block_out_channels[::-1], h * w
+
+        def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+            return 2 * places * kernel * kernel * inputs * outputs
+
+        def resnet(inputs: int, outputs: int) -> int:
+            shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
+            return conv(inputs, outputs) + conv(outputs, outputs) + shortcut
+
+        latents, top = self.latent_channels, widths[0]
+        total = conv(latents, top) + 2 * resnet(top, top) + self.use_post_quant_conv * conv(latents, latents, 1)
+        total += self.mid_block_add_attention * (4 * conv(top, top, 1) + 4 * places * places * top)
+        for level, (before, width) in enumerate(zip((top, *widths), widths, strict=False)):
+            if level > 0:
+                places *= 4
+                total += conv(before, before)
+            total += resnet(before, width) + self.layers_per_block * resnet(width, width)
+        return total + conv(widths[-1], 3)
+
     def to_hf(self) -> dict:
         depth = len(self.block_out_channels)
         return {

@@ -31,6 +31,7 @@ from firm_jax.rl.nft import old_policy_decay
 from firm_jax.rl.rewards import resolve_reward
 from firm_jax.rl.rollout import (
     RUBRICS,
+    drawing_flops,
     failures,
     judge,
     judgement_metrics,
@@ -39,7 +40,7 @@ from firm_jax.rl.rollout import (
     scores,
     write_judgements,
 )
-from firm_jax.rl.update import init_state, make_optimizer, make_update, optimizer_batches
+from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, optimizer_batches
 from firm_jax.run import Run
 
 # What a random key is for; each purpose has its own stream below the run's one root key.
@@ -304,10 +305,11 @@ class Job:
         self.run.safe_point(state, self._data(), step=step, epoch=epoch)
 
     def _flops(self, images: int) -> float:
-        """The transformer's operations in an epoch: one forward a rollout step, three and a backward a timestep."""
-        rollout, train = self.config.rollout, self.config.train
-        forward = self.generator.forward_flops(rollout.height, rollout.width, self.conditioning.context.shape[1])
-        return images * forward * (rollout.steps * (2 if rollout.guidance > 1 else 1) + 5 * train.timesteps)
+        """The transformer's operations in an epoch."""
+        rollout, tokens = self.config.rollout, self.conditioning.context.shape[1]
+        drawing = drawing_flops(self.generator, rollout, tokens)
+        learning = learning_flops(self.generator, self.config.train, (rollout.height, rollout.width), tokens)
+        return images * (drawing + learning)
 
     def _policy(self, lora):
         return scaled(lora, self.lora.scale)

@@ -27,10 +27,30 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
     strength folded in. Host arrays: final latents as the update wants them, images float32 in [0, 1], all NaN where
     latents or pixels are not finite.
     """
-    sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
-    devices = batch_size(mesh)
-    shape = generator.latent_shape(settings.height, settings.width)
     negative = generator.encode_prompts([""], settings.max_text_tokens) if settings.guidance > 1 else None
+    draw = make_draw(generator, settings)
+
+    def sample(lora, conditioning, prompt, number, key):
+        parts = []
+        size = drawn_together(len(number), settings.batch_size, batch_size(mesh))
+        for chunk in progress(list(_chunks(len(number), size))):
+            part = shard_batch((prompt[chunk], number[chunk]), mesh)
+            drawn = draw(generator.params, generator.vae_params, lora, conditioning, negative, *part, key)
+            parts.append(to_host(drawn))
+        latents, images = (np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
+        images[~(_finite(latents) & _finite(images))] = np.nan
+        return latents, images
+
+    return sample
+
+
+def make_draw(generator: Generator, settings) -> Callable:
+    """The jitted program of the sampler: `draw(params, vae_params, lora, conditioning, negative, prompt, number, key)`.
+
+    negative: the conditioning of the empty prompt, None without guidance. Returns latents and images of the B samples.
+    """
+    sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
+    shape = generator.latent_shape(settings.height, settings.width)
 
     @jax.jit
     def draw(params, vae_params, lora, conditioning, negative, prompt, number, key):
@@ -46,23 +66,23 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
         with jax.named_scope("vae_decode"):
             return latents, generator.decode(vae_params, latents)
 
-    def sample(lora, conditioning, prompt, number, key):
-        parts = []
-        for chunk in progress(list(_chunks(len(number), settings.batch_size, devices))):
-            part = shard_batch((prompt[chunk], number[chunk]), mesh)
-            drawn = draw(generator.params, generator.vae_params, lora, conditioning, negative, *part, key)
-            parts.append(to_host(drawn))
-        latents, images = (np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
-        images[~(_finite(latents) & _finite(images))] = np.nan
-        return latents, images
-
-    return sample
+    return draw
 
 
-def _chunks(count: int, size: int, multiple: int) -> Iterator[np.ndarray]:
-    """Index arrays of one length, about `size`, that cover 0..count-1; the last is filled up with repeats."""
+def drawing_flops(generator: Generator, settings, text_tokens: int) -> int:
+    """The transformer's operations for one image, by our count: two passes a step with guidance."""
+    passes = settings.steps * (2 if settings.guidance > 1 else 1)
+    return passes * generator.forward_flops(settings.height, settings.width, text_tokens)
+
+
+def drawn_together(count: int, size: int, multiple: int) -> int:
+    """How many of `count` images one call draws: at most `size`, filled up to a multiple of `multiple`."""
     size = min(size, count)
-    size += -size % multiple
+    return size + -size % multiple
+
+
+def _chunks(count: int, size: int) -> Iterator[np.ndarray]:
+    """Index arrays of length `size` that cover 0..count-1; the last is filled up with repeats."""
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
 

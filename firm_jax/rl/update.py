@@ -105,6 +105,23 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
     return update
 
 
+def learning_flops(generator, settings, size: tuple[int, int], text_tokens: int) -> int:
+    """The transformer's operations for one image of `size` (height, width), by our count.
+
+    At each timestep a forward pass of the current, the old and the reference policy, and a backward pass through
+    frozen weights; what is computed again to save memory is not counted.
+    """
+    forward, backward = (count(*size, text_tokens) for count in (generator.forward_flops, generator.backward_flops))
+    return settings.timesteps * (3 * forward + backward)
+
+
+def micro_batches(samples: int, settings, mesh) -> tuple[int, int]:
+    """(A, b): how many micro-batches of how many samples one of the epoch's updates takes."""
+    size = settings.micro_batch + -settings.micro_batch % batch_size(mesh)
+    largest = -(-samples // settings.updates_per_epoch)
+    return -(-largest // size), size
+
+
 def optimizer_batches(group: EpochGroups, latents, r, valid, sigmas, seed: int, settings, mesh) -> Iterator[dict]:
     """The epoch's M samples, shuffled, as `updates_per_epoch` batches of micro-batches for the update.
 
@@ -115,11 +132,9 @@ def optimizer_batches(group: EpochGroups, latents, r, valid, sigmas, seed: int, 
     order = rng.permutation(len(latents))
     points = np.argsort(rng.random((len(latents), len(sigmas) - 1)), axis=1)[:, : settings.timesteps]
     noise_shares = np.asarray(sigmas, np.float32)[points]
-    size = settings.micro_batch + -settings.micro_batch % batch_size(mesh)
-    parts = np.array_split(order, settings.updates_per_epoch)
-    micro_batches = -(-len(parts[0]) // size)
-    for part in parts:
-        rows = np.resize(part, (micro_batches, size))
+    shape = micro_batches(len(latents), settings, mesh)
+    for part in np.array_split(order, settings.updates_per_epoch):
+        rows = np.resize(part, shape)
         counted = (np.arange(rows.size) < len(part)).reshape(rows.shape)
         by_sample = {
             "x0": latents[rows],

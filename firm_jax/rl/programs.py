@@ -1,0 +1,156 @@
+"""Everything that the RL job compiles, at the shapes that it meets, over shapes in the place of arrays.
+
+The functions are the job's own; only what they are given is made here.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from firm_jax.abstract import batch, outputs, place, whole
+from firm_jax.critic.programs import AbstractCritic
+from firm_jax.generation import Generator
+from firm_jax.generation.generator import pipeline_class, read_model_index
+from firm_jax.generation.text import T5_ENCODER, encoded_together
+from firm_jax.interop.hub import find_local
+from firm_jax.mesh import batch_size
+from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
+from firm_jax.plan import Program
+from firm_jax.published import PIPELINES, published
+from firm_jax.rl.job import check_config
+from firm_jax.rl.rewards import resolve_reward
+from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw
+from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, micro_batches
+
+
+class RLPrograms:
+    """The RL job of a config on a mesh: what it keeps on the devices, and its programs.
+
+    No weights are read: the models' folders, where they are at hand, give their configs, else `published` does. Raises
+    ConfigError and WeightsError as the job would, and for a model whose config is not to be had.
+    """
+
+    def __init__(self, config, mesh: Mesh):
+        check_config(config)
+        self.config, self.mesh, self.devices = config, mesh, batch_size(mesh)
+        self.generator = abstract_generator(config.model, config.dtype, mesh)
+        for section in (config.rollout, config.eval):
+            self.generator.latent_shape(section.height, section.width)
+        self.critic = AbstractCritic(config.critic, config.dtype, mesh)
+        self.images = config.group.prompts_per_epoch * config.group.images_per_prompt
+        lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+        self.optimizer, self.scale = make_optimizer(config.train), lora.scale
+        tree = jax.eval_shape(partial(init_lora, config=lora), jax.random.key(0), self.generator.params)
+        tree = place(tree, lora_shardings(tree, self.generator.sharding_rules, mesh))
+        self.state = outputs(mesh, partial(init_state, optimizer=self.optimizer), tree)
+        self.policy = outputs(mesh, partial(scaled, scale=self.scale), self.state["lora"])
+        self.key = whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+        self.conditioning = {
+            "rollout": self._conditioning(config.group.prompts_per_epoch, config.rollout),
+            "eval": self._conditioning(config.eval.prompts, config.eval),
+        }
+
+    def resident(self) -> dict[str, object]:
+        """What stays on the devices for the whole run: trees of shapes with their shardings, by what they are."""
+        return {
+            "generator": self.generator.params,
+            "text encoders": self.generator.text_encoders.params,
+            "autoencoder": self.generator.vae_params,
+            "critic": self.critic.params,
+            "LoRA, averages, optimizer": self.state,
+            "encoded prompts": self.conditioning,
+        }
+
+    def programs(self) -> Iterator[Program]:
+        """In the order in which an epoch runs them; evaluation, which most epochs do without, comes last."""
+        config = self.config
+        yield self._encode()
+        yield self._draw("rollout", self.images)
+        criteria = [RUBRICS[name] for name in resolve_reward(config.reward.name, config.reward.weights).criteria]
+        yield from self.critic.programs(self.images, (config.rollout.height, config.rollout.width), criteria)
+        yield self._update()
+        yield self._draw("eval", config.eval.prompts * config.eval.images_per_prompt)
+
+    def _ids(self, prompts: int, max_text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        text = self.generator.text_encoders
+        lengths = {part: max_text_tokens if part == T5_ENCODER else text.clip_tokens for part in text.params}
+        return {part: batch(self.mesh, (prompts, length), jnp.int32) for part, length in lengths.items()}
+
+    def _conditioning(self, prompts: int, settings):
+        """As `encode_prompts` leaves it: whole on every device."""
+        text = self.generator.text_encoders
+        ids = self._ids(encoded_together(prompts, self.devices), settings.max_text_tokens)
+        found = outputs(self.mesh, partial(text.encode, max_text_tokens=settings.max_text_tokens), text.params, ids)
+        rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape[1:]), leaf.dtype), found)
+        return whole(rows, self.mesh)
+
+    def _encode(self) -> Program:
+        text, settings = self.generator.text_encoders, self.config.rollout
+        prompts = self.config.group.prompts_per_epoch
+        size = encoded_together(prompts, self.devices)
+        ids = self._ids(size, settings.max_text_tokens)
+        flops = sum(config.forward_flops(ids[part].shape[1]) for part, config in text.configs.items())
+        return Program(
+            "encode prompts",
+            text.encode_jitted,
+            (text.params, ids, settings.max_text_tokens),
+            fed=ids,
+            flops=size * flops,
+            calls=-(-prompts // size),
+        )
+
+    def _draw(self, section: str, images: int) -> Program:
+        generator, settings, conditioning = self.generator, self.config[section], self.conditioning[section]
+        size = drawn_together(images, settings.batch_size, self.devices)
+        negative = self._conditioning(1, settings) if settings.guidance > 1 else None
+        rows = (batch(self.mesh, (size,), jnp.int32), batch(self.mesh, (size,), jnp.uint32))
+        one = drawing_flops(generator, settings, conditioning.context.shape[1])
+        one += generator.decode_flops(settings.height, settings.width)
+        return Program(
+            f"{section}, with decode",
+            make_draw(generator, settings),
+            (generator.params, generator.vae_params, self.policy, conditioning, negative, *rows, self.key),
+            fed=(self.policy, negative, rows, self.key),
+            flops=size * one,
+            calls=-(-images // size) if section == "rollout" else 0,
+            limit=f"{section}.batch_size",
+        )
+
+    def _update(self) -> Program:
+        generator, settings, rollout = self.generator, self.config.train, self.config.rollout
+        A, b = micro_batches(self.images, settings, self.mesh)
+
+        def by_sample(dtype, *shape):
+            return batch(self.mesh, (A, b, *shape), dtype, axis=1)
+
+        samples = {
+            "x0": by_sample(jnp.float32, *generator.latent_shape(rollout.height, rollout.width)),
+            "r": by_sample(jnp.float32),
+            "valid": by_sample(jnp.bool_),
+            "prompt": by_sample(jnp.int32),
+            "sample": by_sample(jnp.uint32),
+            "t": batch(self.mesh, (A, settings.timesteps, b), jnp.float32, axis=2),
+        }
+        conditioning, size = self.conditioning["rollout"], (rollout.height, rollout.width)
+        velocity = partial(generator.velocity, remat=settings.remat)
+        return Program(
+            "NFT update",
+            make_update(velocity, self.optimizer, settings, self.scale),
+            (generator.params, self.state, conditioning, samples, self.key),
+            fed=(samples, self.key),
+            flops=A * b * learning_flops(generator, settings, size, conditioning.context.shape[1]),
+            calls=settings.updates_per_epoch,
+            limit="train.micro_batch",
+        )
+
+
+def abstract_generator(name: str, dtype: str, mesh: Mesh) -> Generator:
+    """The generator of a folder, or of a published pipeline's configs, with shapes in the place of weights."""
+    if folder := find_local(name):
+        kind = pipeline_class(read_model_index(folder))
+        return kind.from_configs(kind.read_configs(folder), dtype, mesh)
+    configs = published(PIPELINES, name, "model")
+    return pipeline_class(configs["model_index"]).from_configs(configs, dtype, mesh)

@@ -1,0 +1,99 @@
+"""TPU topologies by name, like `v5e:4x4`: their devices to compile for, without the hardware, and their memory."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+
+from firm_jax.errors import ConfigError
+
+GIB = 2**30
+
+# To compile, libtpu needs nothing of this machine: it is kept from looking for a metadata server and a list of hosts,
+# and from taking the lock by which it keeps two programs from the chips.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation of TPUs: how many axes its topologies have, their largest extents, and the memory of a chip.
+
+    hbm: bytes that a program may use, as the TPU compiler reports them when one does not fit; the data sheets' 16, 95
+    and 32 GB less what the system keeps. host: the chips of one host, along each axis.
+    """
+
+    axes: int
+    largest: int
+    hbm: int
+    host: tuple[int, int, int] = (2, 2, 1)
+
+
+GENERATIONS = {
+    "v5e": Generation(axes=2, largest=16, hbm=int(15.75 * GIB)),
+    "v5p": Generation(axes=3, largest=28, hbm=int(95.74 * GIB)),
+    "v6e": Generation(axes=2, largest=16, hbm=int(31.25 * GIB)),
+}
+EXAMPLES = "v5e:4x4, v5p:2x2x4 or v6e:8x8"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice of TPUs: `name` as given, its generation, and its extent along each axis."""
+
+    name: str
+    generation: Generation
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def parse(name: str) -> Topology:
+    """The topology that a name like `v5e:4x4` means; ConfigError, listing what is known, for any other name."""
+    match = re.fullmatch(r"([^:]+):(\d+(?:x\d+)*)", name)
+    if not match or match[1] not in GENERATIONS:
+        raise ConfigError(
+            f"--plan {name}: not a topology. It is a generation and a shape, such as {EXAMPLES}; the generations are "
+            f"{', '.join(GENERATIONS)}"
+        )
+    generation, shape = GENERATIONS[match[1]], tuple(map(int, match[2].split("x")))
+    if len(shape) != generation.axes:
+        raise ConfigError(
+            f"--plan {name}: {match[1]} topologies have {generation.axes} axes, not {len(shape)}; for example "
+            f"{match[1]}:{'x'.join('4' * generation.axes)}"
+        )
+    legal = all(1 <= extent <= generation.largest for extent in shape)
+    whole_hosts = all(extent % chips == 0 for extent, chips in zip(shape, generation.host, strict=False))
+    if not legal or not (whole_hosts or math.prod(shape) == 1):
+        chips = "x".join(map(str, generation.host[: generation.axes]))
+        raise ConfigError(
+            f"--plan {name}: no such slice. {match[1]} slices are one chip or whole hosts of {chips} chips, and at "
+            f"most {generation.largest} chips along an axis"
+        )
+    return Topology(name, generation, shape)
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+    """The slice's devices, to compile for. ConfigError when libtpu is missing or knows no such topology."""
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--plan needs the TPU compiler, which is not installed: pip install -e '.[tpu]' (libtpu, about 140 MB)"
+        ) from None
+    one = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+    try:
+        return list(topologies.get_topology_desc(topology.name, platform="tpu", **one).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"--plan {topology.name}: libtpu refuses this topology: {error}") from error

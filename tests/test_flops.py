@@ -1,0 +1,154 @@
+"""Our counts of operations against XLA's, on networks whose layers run once, so that its count is whole.
+
+XLA also counts norms, activations and embeddings, which the wide layers here keep below the tolerance.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from firm_jax.models import abstract
+from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from firm_jax.models.lora import LoraConfig, init_lora
+from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from firm_jax.models.sd3 import SD3Config, SD3Transformer
+from firm_jax.models.t5 import T5Config, T5Encoder
+from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
+from firm_jax.published import QWEN3_VL
+
+SD3 = SD3Config(
+    num_layers=3,
+    attention_head_dim=64,
+    num_attention_heads=4,
+    joint_attention_dim=96,
+    caption_projection_dim=256,
+    pooled_projection_dim=32,
+    pos_embed_max_size=32,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+)
+
+
+def shapes(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def xla_flops(function, *arguments) -> float:
+    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+
+def parts(network, config):
+    """`call(method)(params, ...)` and the parameters' shapes."""
+    graphdef, params = nnx.split(abstract(network, config))
+
+    def call(method):
+        return lambda params, *given: getattr(nnx.merge(graphdef, params), method)(*given)
+
+    return call, params
+
+
+def sd3_arguments(side: int, tokens: int):
+    return shapes(1, 2 * side, 2 * side, 16), shapes(1), shapes(1, tokens, 96), shapes(1, 32)
+
+
+def test_sd3_forward():
+    call, params = parts(SD3Transformer, SD3)
+    counted = xla_flops(call("__call__"), params, *sd3_arguments(24, 40))
+    assert SD3.forward_flops(24 * 24, 40) == pytest.approx(counted, rel=0.08)
+
+
+def test_sd3_gradient_of_a_lora_goes_through_frozen_weights():
+    graphdef, params = nnx.split(abstract(SD3Transformer, SD3))
+    names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora = jax.eval_shape(
+        lambda: init_lora(jax.random.key(0), params, LoraConfig(2, targets=tuple(f"attn.{name}" for name in names)))
+    )
+
+    def loss(lora, params, *given):
+        return jnp.square(nnx.merge(graphdef, params)(*given, lora=lora)).sum()
+
+    given = sd3_arguments(24, 40)
+    both = xla_flops(jax.grad(loss), lora, params, *given)
+    sizes = (24 * 24, 40)
+    assert SD3.forward_flops(*sizes) + SD3.backward_flops(*sizes) == pytest.approx(both, rel=0.12)
+
+
+def test_clip():
+    config = CLIPTextConfig(256, 512, 1, 4, 128, vocab_size=100, eos_token_id=99, max_position_embeddings=64)
+    call, params = parts(CLIPTextModel, config)
+    counted = xla_flops(call("__call__"), params, shapes(1, 64, dtype=jnp.int32))
+    assert config.forward_flops(64) == pytest.approx(counted, rel=0.06)
+
+
+def test_t5():
+    config = T5Config(100, 256, 32, 512, 1, 6)
+    call, params = parts(T5Encoder, config)
+    counted = xla_flops(call("__call__"), params, shapes(1, 96, dtype=jnp.int32))
+    assert config.forward_flops(96) == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_vae_decoder(attends):
+    config = AutoencoderKLConfig(
+        block_out_channels=(32, 64, 96),
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        mid_block_add_attention=attends,
+        use_post_quant_conv=attends,
+    )
+    call, params = parts(AutoencoderKL, config)
+    h, w = 24, 16
+    counted = xla_flops(call("decode"), params, shapes(1, h, w, 16))
+    # XLA leaves out what convolutions multiply with the zeros around an image.
+    assert config.decode_flops(h, w) == pytest.approx(counted, rel=0.08)
+
+
+def qwen3_vl() -> Qwen3VLConfig:
+    raw = QWEN3_VL["8B"]
+    text = raw["text_config"] | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    }
+    vision = raw["vision_config"] | {
+        "depth": 1,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_heads": 4,
+        "num_position_embeddings": 64,
+        "out_hidden_size": 256,
+        "deepstack_visual_indexes": [0],
+    }
+    return Qwen3VLConfig.from_hf({**raw, "text_config": text, "vision_config": vision})
+
+
+def test_qwen3_vl_vision():
+    config = qwen3_vl()
+    call, params = parts(Qwen3VL, config)
+    patches = shapes(1, 256, config.vision.patch_features)
+    counted = xla_flops(call("encode_images"), params, patches, shapes(1, 2, dtype=jnp.int32))
+    assert config.vision.forward_flops(256) == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize("tokens", [192, 1], ids=["prefill", "decode"])
+def test_qwen3_vl_text(tokens):
+    config, slots = qwen3_vl(), 192
+    graphdef, params = nnx.split(abstract(Qwen3VL, config))
+
+    def read(params, embeddings, positions, segments, kv_segments, index):
+        model = nnx.merge(graphdef, params)
+        cache = model.init_cache(1, slots, jnp.float32)
+        hidden, cache = model(embeddings, positions, segments, cache=cache, cache_index=index, kv_segments=kv_segments)
+        return model.logits(hidden[:, -1]), cache
+
+    arguments = shapes(1, tokens, 256), shapes(3, 1, tokens, dtype=jnp.int32), shapes(1, tokens, dtype=jnp.int32)
+    index = shapes(dtype=jnp.int32)
+    counted = xla_flops(read, params, *arguments, shapes(1, slots, dtype=jnp.int32), index)
+    assert config.text.forward_flops(tokens, slots, 1) == pytest.approx(counted, rel=0.06)
