@@ -128,6 +128,29 @@ PIPELINES: Mapping[str, Mapping[str, Mapping]] = {
     "stabilityai/stable-diffusion-3.5-large": _SD3_PARTS | {"transformer": _SD35_LARGE},
 }
 
+_QWEN_IMAGE = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "_diffusers_version": "0.34.0.dev0",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+
+# As PIPELINES, the networks of Qwen-Image and Qwen-Image-Edit.
+QWEN_IMAGE: Mapping[str, Mapping[str, Mapping]] = {
+    "Qwen/Qwen-Image": {"transformer": _QWEN_IMAGE | {"pooled_projection_dim": 768}},
+    "Qwen/Qwen-Image-2512": {"transformer": _QWEN_IMAGE},
+    "Qwen/Qwen-Image-Edit": {"transformer": _QWEN_IMAGE},
+    "Qwen/Qwen-Image-Edit-2509": {"transformer": _QWEN_IMAGE},
+    "Qwen/Qwen-Image-Edit-2511": {"transformer": _QWEN_IMAGE | {"zero_cond_t": True}},
+}
+
 _SMALL_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 _LARGE_VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 

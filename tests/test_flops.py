@@ -12,6 +12,7 @@ from firm_jax.models import abstract
 from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.lora import LoraConfig, init_lora
 from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from firm_jax.models.qwen_image import QwenImageConfig, QwenImageTransformer
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
 from firm_jax.models.t5 import T5Config, T5Encoder
 from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
@@ -27,6 +28,18 @@ SD3 = SD3Config(
     pos_embed_max_size=32,
     dual_attention_layers=(0,),
     qk_norm="rms_norm",
+)
+
+
+QWEN_IMAGE = QwenImageConfig(
+    in_channels=16,
+    out_channels=4,
+    num_layers=1,
+    attention_head_dim=64,
+    num_attention_heads=4,
+    joint_attention_dim=96,
+    axes_dims_rope=(8, 28, 28),
+    zero_cond_t=True,
 )
 
 
@@ -72,6 +85,34 @@ def test_sd3_gradient_of_a_lora_goes_through_frozen_weights():
     both = xla_flops(jax.grad(loss), lora, params, *given)
     sizes = (24 * 24, 40)
     assert SD3.forward_flops(*sizes) + SD3.backward_flops(*sizes) == pytest.approx(both, rel=0.12)
+
+
+def qwen_image_call():
+    """The transformer on a target of 18 x 24 patches, a source of 14 x 10 and a text of 40, and its parameters."""
+    graphdef, params = nnx.split(abstract(QwenImageTransformer, QWEN_IMAGE))
+
+    def velocity(params, lora, x, source, timestep, context):
+        return nnx.merge(graphdef, params)(x, timestep, context, sources=(source,), lora=lora)
+
+    given = shapes(1, 36, 48, 4), shapes(1, 28, 20, 4), shapes(1), shapes(1, 40, 96)
+    return velocity, params, given, (18 * 24 + 14 * 10, 40)
+
+
+def test_qwen_image_forward():
+    velocity, params, given, sizes = qwen_image_call()
+    counted = xla_flops(velocity, params, None, *given)
+    assert QWEN_IMAGE.forward_flops(*sizes) == pytest.approx(counted, rel=0.08)
+
+
+def test_qwen_image_gradient_of_a_lora_goes_through_frozen_weights():
+    velocity, params, given, sizes = qwen_image_call()
+    lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), params, LoraConfig(2, targets=("img_in", "txt_in"))))
+
+    def loss(lora, params, *given):
+        return jnp.square(velocity(params, lora, *given)).sum()
+
+    both = xla_flops(jax.grad(loss), lora, params, *given)
+    assert QWEN_IMAGE.forward_flops(*sizes) + QWEN_IMAGE.backward_flops(*sizes) == pytest.approx(both, rel=0.12)
 
 
 def test_clip():

@@ -22,6 +22,7 @@ from firm_jax.sharding import shardings
 # PyTorch class name -> module of this package, class
 CLASSES = {
     "SD3Transformer2DModel": ("sd3", "SD3Transformer"),
+    "QwenImageTransformer2DModel": ("qwen_image", "QwenImageTransformer"),
     "AutoencoderKL": ("vae_kl", "AutoencoderKL"),
     "CLIPTextModelWithProjection": ("clip", "CLIPTextModel"),
     "T5EncoderModel": ("t5", "T5Encoder"),

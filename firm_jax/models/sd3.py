@@ -8,6 +8,7 @@ after attention. So there are three kinds of blocks: a stack of dual ones, a sta
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,22 @@ from jaxtyping import Array, Float
 
 from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
-from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields
-from firm_jax.models.layers import LayerNorm, Linear, RMSNorm, reshape, scan_layers, split_heads, stack
+from firm_jax.models.layers import LayerNorm, Linear, reshape, scan_layers, stack
 from firm_jax.models.lora import child
+from firm_jax.models.mmdit import (
+    TIME_FEATURES,
+    ZEROS,
+    Embedder,
+    FeedForward,
+    JointAttention,
+    Modulation,
+    modulate,
+    patchify,
+    timestep_features,
+)
 
 NAME = "SD3Transformer2DModel"
-TIME_FEATURES = 256
-ZEROS = nnx.initializers.zeros
 
 
 @dataclass(frozen=True)
@@ -218,15 +227,12 @@ class PatchEmbed(nnx.Module):
         self.pos_embed = nnx.Param(position_table(config.pos_embed_max_size, base, config.width)[None])
 
     def __call__(self, x):
-        B, h, w, C = x.shape
-        p, M = self.patch_size, self.table_size
-        h, w = h // p, w // p
-        patches = reshape(x, B, h, p, w, p, C).transpose(0, 1, 3, 5, 2, 4)
-        patches = reshape(patches, B, h * w, C * p * p)
+        M = self.table_size
+        h, w = x.shape[1] // self.patch_size, x.shape[2] // self.patch_size
         top, left = (M - h) // 2, (M - w) // 2
         # A buffer in the checkpoint: read and written with the weights, never trained.
         table = jax.lax.stop_gradient(self.pos_embed[...]).reshape(1, M, M, -1)
-        return self.proj(patches) + table[:, top : top + h, left : left + w].reshape(1, h * w, -1)
+        return self.proj(patchify(x, self.patch_size)) + table[:, top : top + h, left : left + w].reshape(1, h * w, -1)
 
 
 def position_table(size: int, base: int, width: int) -> Float[Array, "size*size width"]:
@@ -252,50 +258,23 @@ class TimeTextEmbed(nnx.Module):
         return self.timestep_embedder(features) + self.text_embedder(pooled)
 
 
-def timestep_features(timestep: Float[Array, "B"]) -> Float[Array, "B F"]:
-    """Cosines, then sines, of float32 timesteps at geometric frequencies from 1 to 1/10000."""
-    half = TIME_FEATURES // 2
-    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class Embedder(nnx.Module):
-    """Two layers with a SiLU between."""
-
-    def __init__(self, in_features: int, width: int, *, rngs: nnx.Rngs):
-        self.linear_1 = Linear(in_features, width, rngs=rngs)
-        self.linear_2 = Linear(width, width, rngs=rngs)
-
-    def __call__(self, x):
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
-
-
-class Modulation(nnx.Module):
-    """Shifts, scales and gates [B, 1, D], linear in the activated conditioning vector, zero at initialisation."""
-
-    def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
-        self.count = count
-        self.linear = Linear(width, count * width, rngs=rngs, init=ZEROS)
-
-    def __call__(self, emb):
-        return jnp.split(self.linear(emb)[:, None], self.count, axis=-1)
-
-
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
-
-
 class Block(nnx.Module):
     """One transformer block. `dual`: a second attention over the image; `last`: the text stream ends here."""
 
     def __init__(self, config: SD3Config, *, dual: bool, last: bool, rngs: nnx.Rngs):
         D = config.width
+        attention = partial(
+            JointAttention,
+            config.num_attention_heads,
+            config.attention_head_dim,
+            qk_norm=config.qk_norm is not None,
+            rngs=rngs,
+        )
         self.norm = LayerNorm(D, affine=False)
         self.norm1 = Modulation(D, 9 if dual else 6, rngs=rngs)
         self.norm1_context = Modulation(D, 2 if last else 6, rngs=rngs)
-        self.attn = Attention(config, joint=True, text_output=not last, rngs=rngs)
-        self.attn2 = Attention(config, joint=False, text_output=False, rngs=rngs) if dual else None
+        self.attn = attention(joint=True, text_output=not last)
+        self.attn2 = attention(joint=False, text_output=False) if dual else None
         self.ff = FeedForward(D, rngs=rngs)
         self.ff_context = None if last else FeedForward(D, rngs=rngs)
 
@@ -324,57 +303,3 @@ class Block(nnx.Module):
         text = text + gate * text_attended
         normed = modulate(self.norm(text), ff_shift, ff_scale)
         return x, text + ff_gate * self.ff_context(normed, lora=child(lora, "ff_context"))
-
-
-class Attention(nnx.Module):
-    """Attention over image tokens, `joint` with text tokens that have their own projections."""
-
-    def __init__(self, config: SD3Config, *, joint: bool, text_output: bool, rngs: nnx.Rngs):
-        D, self.heads = config.width, config.num_attention_heads
-
-        def linear():
-            return Linear(D, D, rngs=rngs)
-
-        def norm():
-            return RMSNorm(config.attention_head_dim) if config.qk_norm else None
-
-        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        self.to_out = nnx.List([linear()])
-        self.norm_q, self.norm_k = norm(), norm()
-        if joint:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
-            self.norm_added_q, self.norm_added_k = norm(), norm()
-        self.to_add_out = linear() if text_output else None
-
-    def __call__(self, x, text=None, *, lora=None, implementation=None):
-        """x [B, S, D], text [B, T, D] or None -> the attended x, and text where it has an output (else None)."""
-        S = x.shape[1]
-
-        def heads(name, inputs, norm=None):
-            y = getattr(self, name)(inputs, lora=child(lora, name))
-            y = split_heads(y, self.heads)
-            return y if norm is None else norm(y)
-
-        q, k, v = heads("to_q", x, self.norm_q), heads("to_k", x, self.norm_k), heads("to_v", x)
-        if text is not None:
-            q = jnp.concatenate([q, heads("add_q_proj", text, self.norm_added_q)], axis=1)
-            k = jnp.concatenate([k, heads("add_k_proj", text, self.norm_added_k)], axis=1)
-            v = jnp.concatenate([v, heads("add_v_proj", text)], axis=1)
-        y = attention(q, k, v, implementation=implementation)
-        y = y.reshape(*y.shape[:2], -1)
-        x = self.to_out[0](y[:, :S], lora=child(lora, "to_out", "0"))
-        if self.to_add_out is None:
-            return x, None
-        return x, self.to_add_out(y[:, S:], lora=child(lora, "to_add_out"))
-
-
-class FeedForward(nnx.Module):
-    """Width D to 4 D and back, tanh-approximated GELU between."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        up = nnx.Dict(proj=Linear(width, 4 * width, rngs=rngs))
-        self.net = nnx.Dict({"0": up, "2": Linear(4 * width, width, rngs=rngs)})  # the checkpoint's names
-
-    def __call__(self, x, lora=None):
-        x = self.net["0"].proj(x, lora=child(lora, "net", "0", "proj"))
-        return self.net["2"](jax.nn.gelu(x, approximate=True), lora=child(lora, "net", "2"))
