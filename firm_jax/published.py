@@ -141,14 +141,35 @@ _QWEN_IMAGE = {
     "out_channels": 16,
     "patch_size": 2,
 }
+_QWEN_IMAGE_VAE = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "_diffusers_version": "0.34.0.dev0",
+    "attn_scales": [],
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "dropout": 0.0,
+    "latents_mean": [
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ],
+    "latents_std": [
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916),
+    ],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+# What the pipelines share, as they share the files.
+_QWEN_IMAGE_PARTS = {"vae": _QWEN_IMAGE_VAE}
 
 # As PIPELINES, the networks of Qwen-Image and Qwen-Image-Edit.
 QWEN_IMAGE: Mapping[str, Mapping[str, Mapping]] = {
-    "Qwen/Qwen-Image": {"transformer": _QWEN_IMAGE | {"pooled_projection_dim": 768}},
-    "Qwen/Qwen-Image-2512": {"transformer": _QWEN_IMAGE},
-    "Qwen/Qwen-Image-Edit": {"transformer": _QWEN_IMAGE},
-    "Qwen/Qwen-Image-Edit-2509": {"transformer": _QWEN_IMAGE},
-    "Qwen/Qwen-Image-Edit-2511": {"transformer": _QWEN_IMAGE | {"zero_cond_t": True}},
+    "Qwen/Qwen-Image": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE | {"pooled_projection_dim": 768}},
+    "Qwen/Qwen-Image-2512": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE},
+    "Qwen/Qwen-Image-Edit": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE},
+    "Qwen/Qwen-Image-Edit-2509": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE},
+    "Qwen/Qwen-Image-Edit-2511": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE | {"zero_cond_t": True}},
 }
 
 _SMALL_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}

@@ -16,6 +16,7 @@ from firm_jax.models.qwen_image import QwenImageConfig, QwenImageTransformer
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
 from firm_jax.models.t5 import T5Config, T5Encoder
 from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
+from firm_jax.models.vae_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from firm_jax.published import QWEN3_VL
 
 SD3 = SD3Config(
@@ -146,6 +147,24 @@ def test_vae_decoder(attends):
     counted = xla_flops(call("decode"), params, shapes(1, h, w, 16))
     # XLA leaves out what convolutions multiply with the zeros around an image.
     assert config.decode_flops(h, w) == pytest.approx(counted, rel=0.08)
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_qwen_image_vae(method):
+    config = AutoencoderKLQwenImageConfig(
+        base_dim=24,
+        z_dim=16,
+        dim_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        temperal_downsample=(False, True, True),
+        latents_mean=(0.0,) * 16,
+        latents_std=(1.0,) * 16,
+    )
+    call, params = parts(AutoencoderKLQwenImage, config)
+    h, w = 24, 16
+    given = shapes(1, h, w, 16) if method == "decode" else shapes(1, 8 * h, 8 * w, 3)
+    counted = xla_flops(call(method), params, given)
+    assert getattr(config, f"{method}_flops")(h, w) == pytest.approx(counted, rel=0.08)
 
 
 def qwen3_vl() -> Qwen3VLConfig:

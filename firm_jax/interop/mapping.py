@@ -43,7 +43,7 @@ SAME_NAMES = (
 )
 
 # layout -> (permutation of our axes that gives theirs)
-_PERMUTATIONS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+_PERMUTATIONS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1), "conv3d": (4, 3, 0, 1, 2)}
 
 
 def tensors(abstract_params, rules: tuple[Rule, ...]) -> Iterator[Tensor]:
@@ -63,7 +63,7 @@ def _leaf_tensors(path: str, shape: tuple[int, ...], rules: tuple[Rule, ...]) ->
         layout = rule.layout
         if layout == "auto":
             is_kernel = path.endswith(".kernel")
-            layout = {2: "linear", 4: "conv"}.get(len(own), "same") if is_kernel else "same"
+            layout = {2: "linear", 4: "conv", 5: "conv3d"}.get(len(own), "same") if is_kernel else "same"
         for layer in range(shape[0]) if stacked else (None,):
             full = name if layer is None else name.replace("{layer}", str(layer + rule.first_layer))
             yield Tensor(path, layer, full, torch_shape(own, layout), layout)

@@ -24,6 +24,7 @@ CLASSES = {
     "SD3Transformer2DModel": ("sd3", "SD3Transformer"),
     "QwenImageTransformer2DModel": ("qwen_image", "QwenImageTransformer"),
     "AutoencoderKL": ("vae_kl", "AutoencoderKL"),
+    "AutoencoderKLQwenImage": ("vae_qwen_image", "AutoencoderKLQwenImage"),
     "CLIPTextModelWithProjection": ("clip", "CLIPTextModel"),
     "T5EncoderModel": ("t5", "T5Encoder"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),

@@ -17,7 +17,7 @@ from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
 from firm_jax.models.layers import Conv, GroupNorm, Linear
 
-_LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers clips it, so that exp(logvar) stays finite
+LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers clips it, so that exp(logvar) stays finite
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class AutoencoderKL(nnx.Module):
             if self.quant_conv is not None:
                 moments = self.quant_conv(moments)
             mean, logvar = jnp.split(moments, 2, axis=-1)
-            return mean, jnp.clip(logvar, *_LOGVAR_RANGE)
+            return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, latents):
         """Latents [B, h, w, C], unscaled, -> images [B, H, W, 3], about in [-1, 1] and not clipped."""
