@@ -51,9 +51,9 @@ MINIATURE = {
 }
 
 
-def write_miniature(folder: Path) -> Path:
+def write_miniature(folder: Path, sizes: dict = MINIATURE) -> Path:
     """The folder with every parameter drawn at random, large enough that the answers differ from prompt to prompt."""
-    write_critic_folder(folder, TEXTS, MINIATURE, seed=0)
+    write_critic_folder(folder, TEXTS, sizes, seed=0)
     graphdef, params = nnx.split(models.from_pretrained(folder))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)

@@ -45,7 +45,9 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         ),
         "lost-process": Fault(
             "One of several processes dies or hangs",
-            "The others stop within the heartbeat with a message and an exit code; all continue with the same command.",
+            "The others end with a message and exit code 76: as soon as an operation of all of them fails, at the "
+            "latest when they have seen no sign of life for 60 s. When process 0 dies, JAX may end them itself, at "
+            "once and with 134. The same command on every host continues, on another mesh too.",
         ),
     },
     "Storage": {
@@ -83,6 +85,14 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "The weights are larger than the host's memory",
             "Tensors go from the file to their shards one by one: beside the shards, never more than 1.5 times the "
             "largest tensor and 500 MB in the host's memory.",
+        ),
+        "memory-of-devices": Fault(
+            "The weights are larger than one device's memory",
+            "With `mesh.fsdp` above 1 no program of the RL job holds a stack of layers whole, nor two layers of one. A "
+            "layer's kernel is gathered for its matmul over many rows; so are, whole, those outside the stacks (the "
+            "generator's last block, embedders and output, the critic's patch embedding and merger; 84 MB each for "
+            "SD3.5-medium and an 8B critic in bfloat16), but not embedding tables, output heads and modulations. While "
+            "the critic writes, no weight is gathered.",
         ),
     },
     "Numbers": {

@@ -28,19 +28,13 @@ PROMPTS = ["a red circle", "two blue squares", "a perfect star", "a green cross 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with the models and the prompts; programs are compiled once for all the runs of this file."""
+def world(tmp_path_factory, compiled_once):
+    """A folder with the models and the prompts."""
     folder = tmp_path_factory.mktemp("world")
     tiny_generator(t5=False, num_layers=2, dual_attention_layers=()).save_pretrained(folder / "model")
     (folder / "train.txt").write_text("\n".join(PROMPTS))
     (folder / "held_out.txt").write_text("a yellow ring\nthree white circles\n")
-    cache = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return folder
 
 
 def config_for(world, **changed):
