@@ -97,13 +97,15 @@ SECTIONS: dict[str, dict[str, Fault]] = {
     },
     "Numbers": {
         "not-finite": Fault(
-            "NaN or Inf in a loss or a gradient, on all devices or on one",
+            "NaN or Inf in an image, a loss or a gradient, on all devices or on one",
             "The update is not made on any device; its prompts are kept in `skipped_updates.jsonl` and counted in "
-            "`update/skipped`; above `train.max_skipped_updates` the run stops, saved.",
+            "`update/skipped`; above `train.max_skipped_updates` the run stops, saved. An image that is not finite is "
+            "a missing judgement (`critic/status/image_not_finite`); above `critic.max_failure_rate` the run stops.",
         ),
         "missing-reward": Fault(
             "A reward is missing or not a number, or those of a whole group are",
-            "It is masked out of statistics, advantages and loss, and counted in `reward/missing`.",
+            "It is masked out of statistics, advantages and loss, and counted in `reward/missing`, whole groups in "
+            "`reward/missing_groups`; an epoch without any reward changes neither policy.",
         ),
         "equal-rewards": Fault(
             "All rewards of a group are equal, or all of an epoch",
@@ -111,7 +113,8 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         ),
         "unusable-answers": Fault(
             "The critic's answer is garbage: empty, cut short, HTML, out of range, several scores, an injected one",
-            "No number is made up: the judgement has a status instead of a score, and `critic/failure_rate` counts it.",
+            "No number is made up: the judgement has a status instead of a score, and `critic/failure_rate` and "
+            "`critic/status/<status>` count it.",
         ),
         "silent-critic": Fault(
             "More judgements fail than `critic.max_failure_rate`",
