@@ -21,7 +21,7 @@ def paper() -> ConfigDict:
     config.seed = 42
     config.model = "stabilityai/stable-diffusion-3.5-medium"
     config.dtype = "bfloat16"
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # a whole copy of the weights takes 32 GiB
     config.distributed = False  # several processes, one a host
     config.prompts = {
         "train": "data/ShareGPT-4o-Image/text_to_image.json",
@@ -37,7 +37,7 @@ def paper() -> ConfigDict:
         "height": 512,
         "width": 512,
         "max_text_tokens": 256,
-        "batch_size": 48,
+        "batch_size": 64,
     }
     config.critic = {
         "model": "VisionXLab/FIRM-Gen-8B",
@@ -83,7 +83,7 @@ def paper() -> ConfigDict:
         "height": 512,
         "width": 512,
         "max_text_tokens": 256,
-        "batch_size": 32,
+        "batch_size": 64,
     }
     config.checkpoint = {"every": 10, "keep": 3}
     config.profile = {"start": 0, "steps": 0}
@@ -110,7 +110,7 @@ def tiny() -> ConfigDict:
     config = paper()
     config.model, config.dtype = "embedded:sd3", "float32"
     config.seed = 0
-    config.cpu_devices = 2
+    config.cpu_devices, config.mesh = 2, {"data": -1, "fsdp": 1, "tensor": 1}
     config.prompts.update(
         {"train": "embedded:prompts/train_metadata.jsonl", "held_out": "embedded:prompts/test_metadata.jsonl"}
     )

@@ -83,7 +83,8 @@ def parse(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """The slice's devices, to compile for. ConfigError when libtpu is missing or knows no such topology."""
+    """The slice's devices, to compile for. ConfigError when libtpu is missing, held by another process where the
+    environment forbids to share it, or knows no such topology."""
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     try:
@@ -96,4 +97,9 @@ def devices(topology: Topology) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(topology.name, platform="tpu", **one).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        if "lockfile" in str(error):
+            raise ConfigError(
+                f"--plan {topology.name}: another process holds libtpu, and ALLOW_MULTIPLE_LIBTPU_LOAD="
+                f"{os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD']} forbids a second one; unset it, or wait for that process"
+            ) from error
         raise ConfigError(f"--plan {topology.name}: libtpu refuses this topology: {error}") from error

@@ -32,6 +32,9 @@ class FlatGenerator:
     def decode(self, vae_params, latents):
         return jnp.clip(vae_params * latents, 0, 1)
 
+    def decode_on_host(self, latents):
+        return np.array(self.decode(self.vae_params, jnp.asarray(latents)))
+
 
 def judgement(criterion: str, score, expected=None, entropy=0.5, status="ok") -> Judgement:
     text = f"I saw {score}" if score is not None else "I do not know"

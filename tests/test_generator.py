@@ -80,9 +80,9 @@ def test_bfloat16_is_the_default_and_stays_close(folder, images):
 
 def test_decoding_in_chunks_changes_nothing(generator, monkeypatch):
     latents = np.asarray(initial_noise(jax.random.key(0), np.arange(3), (12, 8, 4)))
-    whole = generator._decode_on_host(latents)
+    whole = generator.decode_on_host(latents)
     monkeypatch.setattr("firm_jax.generation.generator.DECODED_PIXELS", 2 * 24 * 16)
-    np.testing.assert_allclose(generator._decode_on_host(latents), whole, atol=1e-6)
+    np.testing.assert_allclose(generator.decode_on_host(latents), whole, atol=1e-6)
 
 
 def test_noise_belongs_to_the_sample():

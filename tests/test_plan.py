@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,17 @@ def test_other_names_are_refused_with_those_that_there_are(name, said):
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
+        topology.devices(topology.parse("v5e:2x2"))
+
+
+def test_a_compiler_that_another_process_keeps_to_itself_is_an_error_that_says_so(monkeypatch):
+    def locked(*_, **__):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile. Run ...")
+
+    monkeypatch.setitem(sys.modules, "libtpu", ModuleType("libtpu"))
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "0")
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", locked)
+    with pytest.raises(ConfigError, match="another process holds libtpu, and ALLOW_MULTIPLE_LIBTPU_LOAD=0 forbids"):
         topology.devices(topology.parse("v5e:2x2"))
 
 
@@ -219,9 +231,17 @@ def test_what_is_planned_is_what_the_job_runs(world, four_devices, monkeypatch, 
         monkeypatch.setattr(decode, name, recorded(f"critic: {label}", getattr(decode, name)))
     monkeypatch.setattr(decode, "decode_chunk", recorded("critic: decode", decode.decode_chunk))
     recording(job, "make_update", lambda *_: "NFT update")
-    sections = {world.rollout.batch_size: "rollout", world.eval.batch_size + 2: "eval"}
-    world.eval.batch_size = 4
-    recording(rollout, "make_draw", lambda _, settings: f"{sections.get(settings.batch_size, 'eval')}, with decode")
+    world.eval.batch_size = 4  # not the rollout's, so that the two are told apart
+    recording(rollout, "make_draw", lambda _, settings: "eval" if settings.batch_size == 4 else "rollout")
+    on_host = SD3Generator.decode_on_host
+
+    def decode_on_host(self, latents):
+        name = "eval: VAE decode" if len(latents) == 4 else "VAE decode"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "decode_jitted", recorded(name, self.decode_jitted))
+            return on_host(self, latents)
+
+    monkeypatch.setattr(SD3Generator, "decode_on_host", decode_on_host)
     encode = SD3Generator.encode_prompts
 
     def encode_prompts(self, prompts, *rest):
@@ -246,8 +266,8 @@ def test_what_is_planned_is_what_the_job_runs(world, four_devices, monkeypatch, 
 def test_a_plan_compiles_every_program_and_says_whether_they_fit(world, four_devices, monkeypatch, capsys):
     code = plan(world, "v5e:2x2", RLPrograms)
     said = capsys.readouterr().out
-    names = ["encode prompts", "rollout, with decode", "critic: vision", "critic: splice", "critic: prefill"]
-    names += ["critic: decode", "critic: drop ended", "NFT update", "eval, with decode"]
+    names = ["encode prompts", "rollout", "VAE decode", "critic: vision", "critic: splice", "critic: prefill"]
+    names += ["critic: decode", "critic: drop ended", "NFT update", "eval", "eval: VAE decode"]
     assert code == FITS
     assert [line.split(" in ")[0] for line in said.splitlines() if line.startswith("compiled")] == [
         f"compiled {name}" for name in names

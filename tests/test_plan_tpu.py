@@ -105,3 +105,44 @@ def test_two_plans_at_once_do_not_mind_each_other():
     for process in plans:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
+
+
+# For v5e:4x4 with the default config, in GiB a chip. What is kept for the whole run is the sharding rules' work alone.
+KEPT = {
+    "generator": 0.69,
+    "text encoders": 2.08,
+    "autoencoder": 0.31,
+    "critic": 1.03,
+    "LoRA, averages, optimizer": 0.19,
+    "encoded prompts": 0.45,
+    "in all": 4.74,
+}
+# So are a program's arguments; in what is in use while it runs the compiler has a part.
+PROGRAMS = {
+    "encode prompts": (2.08, 4.83),
+    "rollout": (0.85, 5.14),
+    "VAE decode": (0.19, 9.91),
+    "critic: vision": (0.10, 4.93),
+    "critic: splice": (0.10, 5.43),
+    "critic: prefill": (1.07, 7.84),
+    "critic: decode": (2.93, 8.68),
+    "critic: drop ended": (1.97, 9.00),
+    "NFT update": (1.02, 5.47),
+    "eval": (1.05, 5.38),
+}
+
+
+@pytest.mark.slow
+def test_the_full_size_job_fits_sixteen_small_chips():
+    """Ten minutes of one core, and 6 GB of memory."""
+    process = started("main.py", "--config", "configs/gen_qma.py", "--plan", "v5e:4x4")
+    out, err = process.communicate(timeout=5400)
+    assert process.returncode == 0, out + err[-3000:]
+    lines = out[out.index("kept on each chip") :].splitlines()
+    kept, programs = lines[1 : 1 + len(KEPT)], lines[len(KEPT) + 4 : len(KEPT) + 4 + len(PROGRAMS)]
+    assert {line[:28].strip(): float(line[28:]) for line in kept} == pytest.approx(KEPT, abs=0.011)
+    cells = {line[:24].strip(): line[24:].split() for line in programs}
+    arguments, in_use = ({name: float(row[column]) for name, row in cells.items()} for column in (0, 4))
+    assert arguments == pytest.approx({name: sizes[0] for name, sizes in PROGRAMS.items()}, abs=0.011)
+    assert in_use == pytest.approx({name: sizes[1] for name, sizes in PROGRAMS.items()}, rel=0.1)
+    assert lines[-1].startswith("v5e:4x4 fits: ")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from firm_jax.abstract import batch, outputs, place, whole
 from firm_jax.critic.programs import AbstractCritic
 from firm_jax.generation import Generator
-from firm_jax.generation.generator import pipeline_class, read_model_index
+from firm_jax.generation.generator import decoded_together, pipeline_class, read_model_index
 from firm_jax.generation.text import T5_ENCODER, encoded_together
 from firm_jax.interop.hub import find_local
 from firm_jax.mesh import batch_size
@@ -68,11 +68,16 @@ class RLPrograms:
         """In the order in which an epoch runs them; evaluation, which most epochs do without, comes last."""
         config = self.config
         yield self._encode()
-        yield self._draw("rollout", self.images)
+        drawn = {"rollout": self.images, "eval": config.eval.prompts * config.eval.images_per_prompt}
+        draws, decodes = ({name: make(name, drawn[name]) for name in drawn} for make in (self._draw, self._decode))
+        yield draws["rollout"]
+        yield decodes["rollout"]
         criteria = [RUBRICS[name] for name in resolve_reward(config.reward.name, config.reward.weights).criteria]
         yield from self.critic.programs(self.images, (config.rollout.height, config.rollout.width), criteria)
         yield self._update()
-        yield self._draw("eval", config.eval.prompts * config.eval.images_per_prompt)
+        yield draws["eval"]
+        if decodes["eval"].arguments != decodes["rollout"].arguments:
+            yield decodes["eval"]
 
     def _ids(self, prompts: int, max_text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
         text = self.generator.text_encoders
@@ -107,16 +112,29 @@ class RLPrograms:
         size = drawn_together(images, settings.batch_size, self.devices)
         negative = self._conditioning(1, settings) if settings.guidance > 1 else None
         rows = (batch(self.mesh, (size,), jnp.int32), batch(self.mesh, (size,), jnp.uint32))
-        one = drawing_flops(generator, settings, conditioning.context.shape[1])
-        one += generator.decode_flops(settings.height, settings.width)
         return Program(
-            f"{section}, with decode",
+            section,
             make_draw(generator, settings),
-            (generator.params, generator.vae_params, self.policy, conditioning, negative, *rows, self.key),
+            (generator.params, self.policy, conditioning, negative, *rows, self.key),
             fed=(self.policy, negative, rows, self.key),
-            flops=size * one,
+            flops=size * drawing_flops(generator, settings, conditioning.context.shape[1]),
             calls=-(-images // size) if section == "rollout" else 0,
             limit=f"{section}.batch_size",
+        )
+
+    def _decode(self, section: str, images: int) -> Program:
+        generator, settings = self.generator, self.config[section]
+        size = settings.height, settings.width
+        drawn = drawn_together(images, settings.batch_size, self.devices)
+        decoded = decoded_together(drawn, size, self.devices)
+        latents = batch(self.mesh, (decoded, *generator.latent_shape(*size)), jnp.float32)
+        return Program(
+            "VAE decode" if section == "rollout" else f"{section}: VAE decode",
+            generator.decode_jitted,
+            (generator.vae_params, latents),
+            fed=(latents, self.policy, self.key),  # the policy is there for the images to come
+            flops=decoded * generator.decode_flops(*size),
+            calls=-(-images // drawn) * -(-drawn // decoded) if section == "rollout" else 0,
         )
 
     def _update(self) -> Program:

@@ -35,8 +35,8 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
         size = drawn_together(len(number), settings.batch_size, batch_size(mesh))
         for chunk in progress(list(_chunks(len(number), size))):
             part = shard_batch((prompt[chunk], number[chunk]), mesh)
-            drawn = draw(generator.params, generator.vae_params, lora, conditioning, negative, *part, key)
-            parts.append(to_host(drawn))
+            latents = to_host(draw(generator.params, lora, conditioning, negative, *part, key))
+            parts.append((latents, generator.decode_on_host(latents)))
         latents, images = (np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
         images[~(_finite(latents) & _finite(images))] = np.nan
         return latents, images
@@ -45,26 +45,24 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
 
 
 def make_draw(generator: Generator, settings) -> Callable:
-    """The jitted program of the sampler: `draw(params, vae_params, lora, conditioning, negative, prompt, number, key)`.
+    """The jitted program of the sampler: `draw(params, lora, conditioning, negative, prompt, number, key)`.
 
-    negative: the conditioning of the empty prompt, None without guidance. Returns latents and images of the B samples.
+    negative: the conditioning of the empty prompt, None without guidance. Returns the final latents of the B samples.
     """
     sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
     shape = generator.latent_shape(settings.height, settings.width)
 
     @jax.jit
-    def draw(params, vae_params, lora, conditioning, negative, prompt, number, key):
+    def draw(params, lora, conditioning, negative, prompt, number, key):
         rows = jax.tree.map(lambda table: take_rows(table, prompt), conditioning)
         noise = initial_noise(jax.random.fold_in(key, 0), number, shape)
         steps_key = jax.random.fold_in(key, 1)
         keys = jax.vmap(lambda n: jax.random.fold_in(steps_key, n))(number)
         with jax.named_scope("rollout"):
-            latents = generator.rollout(
+            return generator.rollout(
                 params, lora, noise, sigmas, rows,
                 guidance=settings.guidance, negative=negative, solver=settings.solver, key=keys,
             )  # fmt: skip
-        with jax.named_scope("vae_decode"):
-            return latents, generator.decode(vae_params, latents)
 
     return draw
 
