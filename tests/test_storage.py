@@ -101,7 +101,7 @@ def test_a_full_disk_ends_the_run_with_words_and_with_room_it_goes_on(tmp_path, 
         wait_for(has_checkpoint(workdir, 3), process)
         newest = max(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
         fill(small_disk, leave_kb)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 2, errors
         _, _, message = f"\n{errors}".partition("\nerror: ")  # before it, Orbax may have told of its threads
         assert "No space left on device" in message and "Traceback" not in message
@@ -111,7 +111,7 @@ def test_a_full_disk_ends_the_run_with_words_and_with_room_it_goes_on(tmp_path, 
         assert all(find_damage(workdir / "checkpoints" / name) is None for name in left)
         (small_disk / "filler").unlink()
     process = start(workdir)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     for name in ("metrics.jsonl", "judgements.jsonl"):
         assert records(workdir, name) == records(straight, name)
@@ -157,7 +157,7 @@ def test_a_picture_that_finds_no_room_leaves_no_half_of_itself(tmp_path, monkeyp
 HANGS = """
 import os, time
 from firm_jax import storage
-storage.TIMEOUT_SECONDS, storage.EXIT_SECONDS = 8, 1
+storage.TIMEOUT_SECONDS, storage.EXIT_SECONDS = 15, 1
 {name} = os.{name}
 def hang(path, *more, **given):
     if {when}:
@@ -172,13 +172,13 @@ def test_storage_that_hangs_within_orbax_ends_the_process(tmp_path):
     """Orbax's threads are waited for when Python ends; one that hangs must not keep the process."""
     hangs = HANGS.format(name="rename", when="'.saving-6/' in str(path)")
     process = start(tmp_path, before=hangs)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
-    assert "is not written after 8 s: the storage hangs. Earlier checkpoints are intact" in errors
+    assert "is not written after 15 s: the storage hangs. Earlier checkpoints are intact" in errors
     assert "threads that do not end are left behind" in errors and "hang" in errors
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["3"]
     process = start(tmp_path)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "continuing from checkpoint 3 " in errors
 
 
@@ -186,9 +186,9 @@ def test_storage_that_hangs_within_orbax_ends_the_process(tmp_path):
 def test_storage_that_hangs_under_the_main_thread_ends_the_process_and_shows_where(tmp_path):
     hangs = HANGS.format(name="fsync", when="'metrics.jsonl' in os.readlink(f'/proc/self/fd/{path}')")
     process = start(tmp_path, before=hangs)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
-    assert f"error: saving in {tmp_path} takes more than 8 s: the storage hangs" in errors
+    assert f"error: saving in {tmp_path} takes more than 15 s: the storage hangs" in errors
     assert "in hang" in errors and "in sync" in errors, "the stack of the thread that hangs"
 
 
@@ -199,7 +199,7 @@ def test_a_second_process_is_refused_and_a_killed_one_is_taken_over(tmp_path):
     wait_for(lambda: lock.exists() and lock.stat().st_size > 0, first)
     holder = json.loads(lock.read_text())
     second = start(tmp_path)
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=300)
     assert second.returncode == 2
     told = f"is in use by process {first.pid} on {holder['host']} (started {holder['started']})"
     assert told in errors and "Traceback" not in errors
@@ -208,5 +208,5 @@ def test_a_second_process_is_refused_and_a_killed_one_is_taken_over(tmp_path):
     first.communicate()
     third = start(tmp_path)
     assert str(first.pid) in read_until(third, "W").split("taking over", 1)[1]
-    third.communicate(timeout=60)
+    third.communicate(timeout=300)
     assert third.returncode == 0 and not lock.exists()
