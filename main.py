@@ -1,11 +1,10 @@
 """Runs a job: `python main.py --config configs/gen_qma.py:tiny --workdir runs/tiny [--config.key=value ...]`.
 
 The same command started again in the same workdir continues the run. Exit codes: 0 done; 2 something to put right,
-said in one message; 3 planned (`--plan`), and it does not fit; 75 stopped by SIGTERM or Ctrl-C with everything saved,
-start again to continue: the RL job stops between two parts of a phase, as it was at the start of its epoch, other jobs
-at the end of theirs, and all of them at once before they have begun; 76 another process of the run is gone, start all
-again to continue. A second signal ends the process at once (143 or 130) and loses what was done since the last
-checkpoint.
+said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue: the RL job stops
+between two parts of a phase, as it was at the start of its epoch, other jobs at the end of theirs, and all of them at
+once before they have begun; 76 another process of the run is gone, start all again to continue. A second signal ends
+the process at once (143 or 130) and loses what was done since the last checkpoint.
 
 `python main.py --config configs/gen_qma.py --plan v5e:4x4` compiles the job for that TPU topology, on any machine and
 without weights or a workdir, and prints what it needs of each chip and whether it fits.
@@ -47,7 +46,7 @@ _PLAN = flags.DEFINE_string("plan", None, "A TPU topology, such as v5e:4x4, to c
 flags.mark_flag_as_required("config")
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"unexpected arguments {argv[1:]}; values are set as --config.key=value")
     if flags.FLAGS["verbosity"].using_default_value:  # what libraries tell of every checkpoint is for their authors
@@ -60,7 +59,8 @@ def main(argv: list[str]) -> int | None:
             raise ConfigError(f"there is no plan for jobs of the kind {config.job!r} yet, only for {', '.join(PLANS)}")
         jax.config.update("jax_platforms", "cpu")  # whatever chips this machine has are left alone
         jax.config.update("jax_enable_compilation_cache", False)  # what is compiled here cannot run here
-        return plan(config, _PLAN.value, named(PLANS[config.job]))
+        plan(config, _PLAN.value, named(PLANS[config.job]))
+        return
     if _WORKDIR.value is None:
         raise ConfigError("the flag --workdir is missing: the folder for everything that the run leaves")
     use_compilation_cache()

@@ -14,8 +14,6 @@ from firm_jax.collectives import collective_bytes
 from firm_jax.mesh import make_mesh
 from firm_jax.topology import GIB, Topology, devices, parse
 
-FITS, FITS_NOT = 0, 3  # exit codes
-
 
 @dataclass(frozen=True)
 class Program:
@@ -70,8 +68,8 @@ class Needs:
         return resident + self.fed + self.peak - self.arguments
 
 
-def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say: Callable = print) -> int:
-    """Compile a config's job for a topology and print what it needs; returns FITS or FITS_NOT.
+def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say: Callable = print) -> bool:
+    """Compile a config's job for a topology and print what it needs; returns whether it fits.
 
     programs_of: the job's programs from its config and a mesh. Nothing is read but the models' configs, and nothing is
     written. Raises ConfigError for a topology, a mesh or a config that is none, and without libtpu.
@@ -86,7 +84,7 @@ def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say
         say(f"compiled {program.name} in {needs[-1].seconds:.0f} s", flush=True)
     fits, verdict = judge(topology, mesh, sum(resident.values()), needs)
     say("\n".join(["", *report(topology, mesh, resident, needs), "", verdict]))
-    return FITS if fits else FITS_NOT
+    return fits
 
 
 def shard_bytes(tree) -> int:
