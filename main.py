@@ -27,7 +27,7 @@ from firm_jax import storage
 from firm_jax.config import parse_flags
 from firm_jax.errors import ConfigError, FirmError
 from firm_jax.plan import plan
-from firm_jax.processes import LOST_EXIT_CODE
+from firm_jax.processes import LOST_EXIT_CODE, SERVICE_SECONDS
 from firm_jax.run import STOPPED_EXIT_CODE, Stopped
 
 JOBS = {
@@ -40,6 +40,9 @@ JOBS = {
 # Job -> its programs, from its config and a mesh: what `--plan` compiles.
 PLANS = {"rl": "firm_jax.rl.programs:RLPrograms"}
 
+# What collective operations say when a partner is gone.
+LOST_CONNECTION = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, path/to/file.py[:variant].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: everything that the run leaves goes there.")
 _PLAN = flags.DEFINE_string("plan", None, "A TPU topology, such as v5e:4x4, to compile for instead of running.")
@@ -49,7 +52,7 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"unexpected arguments {argv[1:]}; values are set as --config.key=value")
-    if flags.FLAGS["verbosity"].using_default_value:  # what libraries tell of every checkpoint is for their authors
+    if not flags.FLAGS["verbosity"].present:  # what libraries tell of every checkpoint is for their authors
         absl_logging.set_verbosity(absl_logging.WARNING)
     config = _CONFIG.value
     if config.job not in JOBS:
@@ -93,7 +96,7 @@ def join_processes(config) -> None:
         number, index = (
             int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
-        jax.distributed.initialize(num_processes=number, process_id=index)
+        jax.distributed.initialize(num_processes=number, process_id=index, heartbeat_timeout_seconds=SERVICE_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cannot join the other processes: {error}. Set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and "
@@ -119,10 +122,12 @@ def command_line() -> None:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             storage.leave(1)
             raise
-        traceback.print_exc()
+        if not any(sign in str(error) for sign in LOST_CONNECTION):
+            traceback.print_exc()
         print(
-            "error: an operation of all processes has failed; most likely another process of the run is gone, and its "
-            "own messages say why. Checkpoints are whole: start the same command on every host again to continue.",
+            f"error: an operation of all processes has failed: {str(error).splitlines()[0]}\nMost likely another "
+            "process of the run is gone, and its own messages say why. Checkpoints are whole: start the same command "
+            "on every host again to continue.",
             file=sys.stderr,
             flush=True,
         )

@@ -2,8 +2,11 @@
 
 A collective operation whose partner has died may never return. Each process therefore leaves a sign of life in the
 run's folder every few seconds, and ends itself, with a message, when another's stays away. Nothing is lost that was
-saved: the same command on every host continues the run. (The death of process 0, which JAX's own service runs in,
-ends the others at once by JAX's hand, with SIGABRT.)
+saved: the same command on every host continues the run.
+
+Where the connection breaks with the partner, as when it was killed, the operation fails instead, and `main.py` ends the
+process with the same exit code before anything here is due. Process 0 is the exception: JAX's own service runs in it,
+and JAX may end the others the moment it is gone, with a message of its own and SIGABRT (134), which nothing can catch.
 """
 
 import json
@@ -21,6 +24,9 @@ LOST_EXIT_CODE = 76
 
 BEAT_SECONDS = 5.0
 LOST_SECONDS = 60.0
+# After which JAX's own service would end a process, with an abort and a stack trace: the last resort, for a folder that
+# not all of them see.
+SERVICE_SECONDS = 300
 # All processes meet most errors at the same time: time for one to tell its own instead of another's.
 FAILED_SECONDS = 10.0
 

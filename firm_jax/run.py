@@ -141,6 +141,8 @@ class Run:
         if self._watch is not None and error is not None and not isinstance(error, Stopped):
             self._watch.stop(error)  # from here on, this process tells its own story
         with self._stack:
+            if self._watch is not None and isinstance(error, jax.errors.JaxRuntimeError):
+                return  # a save under way may wait for a process that is gone
             try:
                 self._checkpointer.wait()
                 if self.is_main:
