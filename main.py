@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None:
         raise ConfigError("the flag --workdir is missing: the folder for everything that the run leaves")
     use_compilation_cache()
+    split_cpu(config)
     join_processes(config)
     named(JOBS[config.job])(config, _WORKDIR.value)
 
@@ -82,6 +83,15 @@ def use_compilation_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "firm_jax" / "compiled"))
+
+
+def split_cpu(config) -> None:
+    """Make `config.cpu_devices` devices of this machine's CPU, if it is to compute: one leaves cores idle.
+
+    A number in XLA_FLAGS comes first.
+    """
+    if "cpu_devices" in config and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
 
 
 def join_processes(config) -> None:

@@ -26,8 +26,16 @@ def run_main(*arguments, **environment):
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
+
+
+@pytest.mark.parametrize(("xla_flags", "devices"), [("", 2), ("--xla_force_host_platform_device_count=3", 3)])
+def test_the_miniature_uses_the_cpu_as_several_devices(xla_flags, devices):
+    program = "import main, jax; from configs.gen_qma import tiny; main.split_cpu(tiny()); print(jax.device_count())"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.stdout.split() == [str(devices)], ended.stderr
 
 
 @pytest.mark.fault("wrong-config")
