@@ -1,4 +1,5 @@
-"""The jobs that train the miniature: `:autoencoder`, `:autoencoder_kl`, `:generator`; `:critic_vision`, `:critic_gen`.
+"""The jobs that train the miniature: `:autoencoder`, `:autoencoder_kl`, `:generator`; `:critic_vision`, `:critic_gen`,
+`:critic_edit`.
 
 Each starts from the folder that the one before it left, and the last also sees the generator's pictures.
 Each is meant for two CPU cores and can be interrupted and continued.
@@ -141,6 +142,14 @@ def critic_gen() -> ConfigDict:
     return config
 
 
+def critic_edit() -> ConfigDict:
+    """A Qwen3-VL critic of edited pictures; as for generation, from the folder that `:critic_vision` leaves."""
+    config = critic_gen()
+    config.data.source = "shapes_edits"
+    config.train.lengths = (176, 192, 224)  # of a quarter, of half and of all examples, in tokens
+    return config
+
+
 def critic_vision() -> ConfigDict:
     """The critics' vision tower, before `critic_gen` (`--config.critic.model`: the folder that this job leaves)."""
     config = critic_gen()
@@ -158,6 +167,7 @@ VARIANTS = {
     "generator": generator,
     "critic_vision": critic_vision,
     "critic_gen": critic_gen,
+    "critic_edit": critic_edit,
 }
 
 

@@ -92,6 +92,21 @@ def test_verdicts_count_as_often_as_asked(step):
     assert few > 5 and float(loss(marked)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("variant", "criteria", "images"),
+    [("critic_gen", {"alignment", "quality"}, 1), ("critic_edit", {"edit_execution", "edit_consistency"}, 2)],
+)
+def test_the_miniatures_critics_are_trained_on_their_own_half_of_the_shapes_world(variant, criteria, images):
+    config = load_config(f"configs/shapes.py:{variant}")
+    rubrics = sft.rubrics_of(config)
+    assert set(rubrics) == criteria
+    for examples in sft.sources(config, rubrics):
+        drawn = [examples[index] for index in range(12)]
+        assert {example.criterion for example in drawn} == criteria
+        assert {len(example.images) for example in drawn} == {images}
+        assert all(sft.read_scores(example.answer).scores for example in drawn)
+
+
 def test_an_example_that_is_too_long_is_an_error(file, folder):
     with pytest.raises(DataError, match=r"more than the last of train.lengths = \(32,\)"):
         batches(file, folder, lengths=(32,)).at(0)

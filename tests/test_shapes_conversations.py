@@ -7,8 +7,8 @@ import pytest
 
 from firm_jax.critic.rubric import Rubric
 from firm_jax.errors import DataError
-from firm_jax.shapes import teach
-from firm_jax.shapes.conversations import ShapesConversations
+from firm_jax.shapes import edit_teach, teach
+from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations
 from firm_jax.shapes.render import render
 from firm_jax.shapes.scene import prompts, sample_scene
 
@@ -67,3 +67,29 @@ def test_files_that_hold_something_else_are_named(tmp_path, arrays):
     np.savez(tmp_path / "odd.npz", **arrays)
     with pytest.raises(DataError, match=r"odd\.npz"):
         ShapesConversations(4, RUBRICS, seed=0, stream=0, samples=tmp_path / "odd.npz", share=0.5)
+
+
+EDIT_RUBRICS = {name: Rubric(name, f"{name}: {{prompt}}", "") for name in edit_teach.CRITERIA}
+
+
+def test_edits_show_the_source_first_and_are_answered_by_the_edit_oracle(tmp_path):
+    tasks = [edit_teach.sample_task(np.random.default_rng(number)) for number in range(16)]
+    sources = np.stack([np.round(255 * render(source)).astype(np.uint8) for source, _ in tasks])
+    edited = sources[::-1].copy()
+    sources[:, 0, 0, 0] = np.arange(16)
+    np.savez(
+        tmp_path / "samples.npz", sources=sources, images=edited, edits=[json.dumps(e.to_json()) for _, e in tasks]
+    )
+    options = {"seed": 0, "stream": 1, "samples": tmp_path / "samples.npz"}
+    for example in ShapesEditConversations(20, EDIT_RUBRICS, share=1.0, **options):
+        number = int(example.images[0][0, 0, 0])
+        assert number >= 14 and (example.images[1] == edited[number]).all()
+        criterion = example.criterion.removesuffix("_samples")
+        edit = tasks[number][1]
+        assert example.prompt == f"{criterion}: {edit.text}"
+        first, second = (image / np.float32(255) for image in example.images)
+        assert example.answer == edit_teach.edit_answer(criterion, first, second, edit)
+    drawn = [example.criterion for example in ShapesEditConversations(60, EDIT_RUBRICS, share=0.3, **options)]
+    assert {*drawn} == {*edit_teach.CRITERIA, *(f"{name}_samples" for name in edit_teach.CRITERIA)}
+    with pytest.raises(DataError, match=r"samples\.npz is not an \.npz file with images and prompts"):
+        ShapesConversations(4, RUBRICS, seed=0, stream=0, samples=tmp_path / "samples.npz", share=0.5)

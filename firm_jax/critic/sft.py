@@ -27,16 +27,22 @@ from firm_jax.errors import ConfigError, DataError, NonFiniteError
 from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import batch_size, make_mesh, shard_batch
 from firm_jax.run import Run
-from firm_jax.shapes.conversations import ShapesConversations
+from firm_jax.shapes import edit_teach, teach
+from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations
 from firm_jax.shapes.critic_folder import write_critic_folder
-from firm_jax.shapes.teach import RUBRICS
 from firm_jax.sharding import path_name
 
+# `data.source` -> the shapes world's examples of that kind, and the rubrics that they answer.
+SHAPES = {
+    "shapes": (ShapesConversations, teach.RUBRICS),
+    "shapes_edits": (ShapesEditConversations, edit_teach.RUBRICS),
+}
 # What a trained critic's folder takes over from the one it was made from.
 COMPANIONS = ("tokenizer*.json", "vocab.json", "merges.txt", "*preprocessor_config.json", "processor_config.json")
 COMPANIONS += ("generation_config.json", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
 
-VERDICT = re.compile(r"\b(yes|no)$", re.MULTILINE)  # on a requirement, at the end of its line
+# On a requirement, at the end of its line; on one of the differences between two pictures, at the end of its clause.
+VERDICT = re.compile(r"\b(yes|no|fine|significant|minor)(?=$|;)", re.MULTILINE)
 WINDOW = 16  # batches that are sorted by length together
 
 
@@ -296,17 +302,18 @@ def rubrics_of(config) -> dict[str, Rubric] | None:
     """The rubrics that the config names or its data were made with; None leaves the choice to the base folder."""
     if config.critic.rubrics:
         return rubrics_from(config.critic.rubrics)
-    return rubrics_from(RUBRICS) if config.data.source == "shapes" else None
+    return rubrics_from(SHAPES[config.data.source][1]) if config.data.source in SHAPES else None
 
 
 def sources(config, rubrics: dict[str, Rubric] | None):
     """Examples to train on and held-out ones, by `config.data`."""
     data = config.data
-    if data.source == "shapes":
+    if data.source in SHAPES:
+        conversations, _ = SHAPES[data.source]
         options = {"rubrics": rubrics, "seed": config.seed, "samples": data.samples, "share": data.samples_share}
         return (
-            ShapesConversations(data.examples, stream=0, **options),
-            ShapesConversations(config.eval.examples, stream=1, **options),
+            conversations(data.examples, stream=0, **options),
+            conversations(config.eval.examples, stream=1, **options),
         )
     if not data.held_out:
         raise ConfigError("data.held_out is not set: give a conversation file of examples that are not trained on")

@@ -117,10 +117,23 @@ def inspect(image: np.ndarray) -> Reading:
     mask = ((image - ground) ** 2).sum(-1) > _FOREGROUND**2
     labels, count = label(mask)
     components = _measure(image, ground, labels, count)
-    components.sort(key=lambda component: (component.y > 0.5, component.x))
+    components.sort(key=_reading_order)
     # Most neighbouring pixels differ by noise alone, so the median difference measures it.
     noise = float(np.median(np.abs(np.diff(image, axis=1))) / (0.6745 * np.sqrt(2)))
     return Reading(background, float(error.min()), noise, tuple(components))
+
+
+def ideal(scene: Scene) -> Reading:
+    """What would be seen of a scene that is drawn without a flaw."""
+    components = [
+        Component(shape.kind, shape.color, shape.x, shape.y, 64 * SIZES[shape.size], 1.0, 1.0, 0.0, 1.0)
+        for shape in scene.shapes
+    ]
+    return Reading(scene.background, 0.0, 0.0, tuple(sorted(components, key=_reading_order)))
+
+
+def _reading_order(component: Component) -> tuple[bool, float]:
+    return component.y > 0.5, component.x
 
 
 def label(mask: np.ndarray) -> tuple[np.ndarray, int]:

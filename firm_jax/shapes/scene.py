@@ -25,6 +25,14 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
 SIZES = {"small": 7 / 64, "large": 12 / 64}  # half extent
+JITTER = {"small": 4 / 64, "large": 1.5 / 64}  # how far a shape may lie from the middle of its quarter
+# The quarters of a picture in reading order, and their middles.
+QUARTERS = {
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
+}
 RELATIONS = ("left of", "right of", "above", "below")
 TAGS = {
     "easy": ("single_object", "colors"),
@@ -35,8 +43,6 @@ MAX_SHAPES = 4
 
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 _NUMBERS = ("zero", "one", "two", "three", "four")
-_CELLS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
-_JITTER = {"small": 4 / 64, "large": 1.5 / 64}
 _RELATION_MARGIN = 0.2  # how far apart two centres must be for one to be left of, or above, the other
 
 VOCABULARY = tuple(
@@ -135,6 +141,11 @@ class Requirement:
         raise DataError(f"requirement {self.text!r}: unknown check {self.check!r}")
 
 
+def quarter(x: float, y: float) -> str:
+    """The quarter of a picture in which a point lies."""
+    return f"{'bottom' if y > 0.5 else 'top'} {'right' if x > 0.5 else 'left'}"
+
+
 def in_relation(shape: Shape, relation: str, other: Shape) -> bool:
     """Whether `shape` lies "left of", "right of", "above" or "below" `other`, by a clear margin."""
     offset = {
@@ -188,26 +199,27 @@ class Prompt:
                 raise DataError(f"shapes prompt without the field {key!r}: {json.dumps(dict(record))}")
         difficulty = next((name for name, tags in TAGS.items() if record["tag"] in tags), None)
         if difficulty is None:
-            known = ", ".join(tag for tags in TAGS.values() for tag in tags)
-            raise DataError(f"shapes prompt: tag {record['tag']!r} is none of {known}")
+            every = ", ".join(tag for tags in TAGS.values() for tag in tags)
+            raise DataError(f"shapes prompt: tag {record['tag']!r} is none of {every}")
         include = tuple(_include_from_json(item, record["include"]) for item in record["include"])
         if not 1 <= sum(item.count for item in include) <= MAX_SHAPES:
             raise DataError(f"shapes prompt {record['prompt']!r}: must ask for 1 to {MAX_SHAPES} shapes in all")
-        background = _known("background", record.get("background"), BACKGROUNDS)
+        background = known("background", record.get("background"), BACKGROUNDS)
         return cls(record["prompt"], record["tag"], difficulty, include, background)
 
 
-def _known(field: str, value, choices, optional: bool = True):
+def known(field: str, value, choices, optional: bool = True):
+    """The value of a record's field if it is one of `choices` (or None, where optional); DataError otherwise."""
     if (value is None and optional) or (isinstance(value, str) and value in choices):
         return value
-    raise DataError(f"shapes prompt: {field} {value!r} is none of {', '.join(choices)}")
+    raise DataError(f"shapes record: {field} {value!r} is none of {', '.join(choices)}")
 
 
 def _include_from_json(item: Mapping, siblings: list) -> Include:
     selector = Selector(
-        _known("class", item.get("class"), KINDS, optional=False),
-        _known("color", item.get("color"), COLORS),
-        _known("size", item.get("size"), SIZES),
+        known("class", item.get("class"), KINDS, optional=False),
+        known("color", item.get("color"), COLORS),
+        known("size", item.get("size"), SIZES),
     )
     count = item.get("count", 1)
     if not isinstance(count, int) or not 1 <= count <= MAX_SHAPES:
@@ -220,7 +232,7 @@ def _include_from_json(item: Mapping, siblings: list) -> Include:
     except (TypeError, ValueError, IndexError) as error:
         message = f"shapes prompt: position {item['position']!r} is not [relation, index of an include]"
         raise DataError(message) from error
-    return Include(selector, count, (_known("relation", relation, RELATIONS, optional=False), index))
+    return Include(selector, count, (known("relation", relation, RELATIONS, optional=False), index))
 
 
 def _count_statements(prompt: Prompt) -> list[Requirement]:
@@ -267,23 +279,23 @@ def sample_prompt(rng: np.random.Generator, difficulty: str) -> Prompt:
     tag = TAGS[difficulty][int(rng.random() < 0.75 if difficulty == "easy" else rng.random() < 0.5)]
     background = None
     if rng.random() < {"single_object": 0.6, "colors": 0.3, "color_attr": 0.5}.get(tag, 0.0):
-        background = _choice(rng, BACKGROUNDS)
+        background = choice(rng, BACKGROUNDS)
     if tag == "single_object":
-        size = _choice(rng, SIZES) if rng.random() < 0.6 else None
-        include = (Include(Selector(_choice(rng, KINDS), size=size)),)
+        size = choice(rng, SIZES) if rng.random() < 0.6 else None
+        include = (Include(Selector(choice(rng, KINDS), size=size)),)
     elif tag == "colors":
-        size = _choice(rng, SIZES) if rng.random() < 0.4 else None
-        include = (Include(Selector(_choice(rng, KINDS), _choice(rng, COLORS), size)),)
+        size = choice(rng, SIZES) if rng.random() < 0.4 else None
+        include = (Include(Selector(choice(rng, KINDS), choice(rng, COLORS), size)),)
     elif tag == "counting":
-        selector = Selector(_choice(rng, KINDS), _choice(rng, COLORS))
+        selector = Selector(choice(rng, KINDS), choice(rng, COLORS))
         include = (Include(selector, int(rng.integers(2, MAX_SHAPES + 1))),)
     else:
         kinds = rng.permutation(KINDS)[:2].tolist()
         colors = rng.permutation(list(COLORS))[:2].tolist()
-        sizes = [_choice(rng, SIZES) if tag == "color_attr" else None for _ in kinds]
+        sizes = [choice(rng, SIZES) if tag == "color_attr" else None for _ in kinds]
         include = tuple(Include(Selector(*item)) for item in zip(kinds, colors, sizes, strict=True))
         if tag == "position":
-            position = (_choice(rng, RELATIONS), 0)
+            position = (choice(rng, RELATIONS), 0)
             include = (include[0], dataclasses.replace(include[1], position=position))
     return _captioned(rng, tag, difficulty, include, background)
 
@@ -293,7 +305,7 @@ def corrupt_prompt(rng: np.random.Generator, prompt: Prompt, rate: float) -> Pro
     uniformly drawn value with probability `rate`; the drawn value may be the old one."""
 
     def redraw(value, choices):
-        return _choice(rng, choices) if value is not None and rng.random() < rate else value
+        return choice(rng, choices) if value is not None and rng.random() < rate else value
 
     counts = (2, 3, 4) if prompt.tag == "counting" else (1, 2, 3) if len(prompt.include) == 1 else (1, 2)
     include = []
@@ -305,7 +317,7 @@ def corrupt_prompt(rng: np.random.Generator, prompt: Prompt, rate: float) -> Pro
         )
         # Two groups that fit one description would contradict the exact count of each.
         while any((selector.kind, selector.color) == (other.selector.kind, other.selector.color) for other in include):
-            selector = dataclasses.replace(selector, color=_choice(rng, COLORS))
+            selector = dataclasses.replace(selector, color=choice(rng, COLORS))
         position = item.position and (redraw(item.position[0], RELATIONS), item.position[1])
         include.append(Include(selector, redraw(item.count, counts), position))
     background = redraw(prompt.background, BACKGROUNDS)
@@ -318,16 +330,16 @@ def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
     shapes = []
     for item in prompt.include:
         for _ in range(item.count):
-            color = item.selector.color or _choice(rng, COLORS)
-            size = item.selector.size or _choice(rng, SIZES)
-            x, y = cells.pop(0) + rng.uniform(-_JITTER[size], _JITTER[size], 2)
+            color = item.selector.color or choice(rng, COLORS)
+            size = item.selector.size or choice(rng, SIZES)
+            x, y = cells.pop(0) + rng.uniform(-JITTER[size], JITTER[size], 2)
             shapes.append(Shape(item.selector.kind, color, size, float(x), float(y)))
-    return Scene(prompt.background or _choice(rng, BACKGROUNDS), tuple(shapes))
+    return Scene(prompt.background or choice(rng, BACKGROUNDS), tuple(shapes))
 
 
 def _sample_cells(rng: np.random.Generator, prompt: Prompt) -> list[np.ndarray]:
     """Grid cells in the order of the prompt's shapes, on the two sides that a relation asks for."""
-    cells = rng.permutation(np.array(_CELLS))
+    cells = rng.permutation(np.array(list(QUARTERS.values())))
     related = next((item for item in prompt.include if item.position), None)
     if related is None:
         return list(cells)
@@ -375,7 +387,8 @@ def _noun(item: Include) -> str:
     return f"an {phrase}" if phrase.startswith("orange") else f"a {phrase}"
 
 
-def _choice(rng: np.random.Generator, options):
+def choice(rng: np.random.Generator, options):
+    """One of the options, drawn evenly."""
     options = tuple(options)
     return options[int(rng.integers(len(options)))]
 

@@ -16,6 +16,7 @@ from firm_jax.shapes.scene import (
     COLORS,
     KINDS,
     MAX_SHAPES,
+    QUARTERS,
     RELATIONS,
     SIZES,
     TAGS,
@@ -25,6 +26,7 @@ from firm_jax.shapes.scene import (
     Selector,
     corrupt_prompt,
     in_relation,
+    quarter,
     sample_prompt,
     sample_scene,
 )
@@ -34,7 +36,7 @@ RUBRICS = Path(__file__).parent / "rubrics"
 ALIGNMENT_SHARE = 0.7  # of the critic's examples: quality has shorter answers, with less to work out
 _PAIR_TRIES, _QUALITY_TRIES = 40, 12  # draws in search of an example with the wanted score
 _SEVERITY = {5: (0.0, 0.2), 4: (0.1, 0.5), 3: (0.25, 0.7), 2: (0.4, 0.9), 1: (0.5, 1.0)}  # by wanted quality
-_COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
+COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
 _REMARKS = (
     (
         "poor colours or stray pieces",
@@ -79,16 +81,16 @@ def caption_classes(prompt: Prompt) -> np.ndarray:
         item = prompt.include[slot] if slot < len(prompt.include) else None
         selector = item.selector if item else Selector()
         said += [
-            _place(KINDS, selector.kind),
-            _place(COLORS, selector.color),
-            _place(SIZES, selector.size),
+            place_in(KINDS, selector.kind),
+            place_in(COLORS, selector.color),
+            place_in(SIZES, selector.size),
             item.count if item else 0,
-            _place(RELATIONS, item.position[0] if item and item.position else None),
+            place_in(RELATIONS, item.position[0] if item and item.position else None),
         ]
-    return np.array([*said, _place(BACKGROUNDS, prompt.background)], np.int32)
+    return np.array([*said, place_in(BACKGROUNDS, prompt.background)], np.int32)
 
 
-def _place(values, value) -> int:
+def place_in(values, value) -> int:
     """1 + the index of a value among the known ones; 0 for None."""
     return 0 if value is None else 1 + list(values).index(value)
 
@@ -110,14 +112,17 @@ PICTURE_CLASSES = (*SHAPE_CLASSES, len(BACKGROUNDS))
 
 def picture_classes(scene: Scene) -> np.ndarray:
     """What the quarters of a picture show in reading order, int32 [4, 4], as PICTURE_CLASSES counts it."""
-    return np.concatenate([_shape_classes(scene), np.full((4, 1), _place(BACKGROUNDS, scene.background) - 1)], axis=1)
+    return np.concatenate([_shape_classes(scene), np.full((4, 1), place_in(BACKGROUNDS, scene.background) - 1)], axis=1)
 
 
 def _shape_classes(scene: Scene) -> np.ndarray:
     classes = np.zeros((4, len(SHAPE_CLASSES)), np.int32)
     for shape in scene.shapes:
-        quarter = 2 * (shape.y > 0.5) + (shape.x > 0.5)
-        classes[quarter] = _place(KINDS, shape.kind), _place(COLORS, shape.color), _place(SIZES, shape.size)
+        classes[list(QUARTERS).index(quarter(shape.x, shape.y))] = (
+            place_in(KINDS, shape.kind),
+            place_in(COLORS, shape.color),
+            place_in(SIZES, shape.size),
+        )
     return classes
 
 
@@ -136,7 +141,7 @@ def vision_batch(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.n
     for row in range(count):
         scene = sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5))
         image = render(scene)
-        images.append(degrade(rng, image) if rng.random() < 0.35 else _aged(rng, image))
+        images.append(degrade(rng, image) if rng.random() < 0.35 else aged(rng, image))
         labels[row, :, :3] = _shape_classes(scene)
     quality = np.array([oracle.quality_scores(image) for image in images], np.int32) - 1
     return np.stack(images), labels, quality
@@ -151,22 +156,18 @@ def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
     lines = [_describe(reading)]
     for requirement, holds in zip(prompt.requirements, verdicts, strict=True):
         lines.append(f"{requirement.text}: {_evidence(requirement, reading)} {'yes' if holds else 'no'}")
-    lines.append(f"{_COUNTS[sum(verdicts)]} of {_COUNTS[len(verdicts)]} hold")
+    lines.append(f"{COUNTS[sum(verdicts)]} of {COUNTS[len(verdicts)]} hold")
     return "\n".join([*lines, f"**Final Alignment Rating: {score}**", f"\\boxed{{{score}}}"])
 
 
 def _describe(reading: Reading) -> str:
     """Quarter by quarter in a fixed order, so that what is to be named next never has to be searched for."""
-    seen = {place: [] for place in ("top left", "top right", "bottom left", "bottom right")}
+    seen = {place: [] for place in QUARTERS}
     for component in reading.components:
         name = f"{component.size} {component.color} {component.kind}" if component.is_shape else "blob"
-        seen[_quarter(component)].append(name)
+        seen[quarter(component.x, component.y)].append(name)
     parts = [f"{place} {' and '.join(names[:2]) or 'nothing'}" for place, names in seen.items()]
     return f"{', '.join(parts)} on {reading.background or 'unclear'}"
-
-
-def _quarter(shape) -> str:
-    return f"{'bottom' if shape.y > 0.5 else 'top'} {'right' if shape.x > 0.5 else 'left'}"
 
 
 def _evidence(requirement: Requirement, reading: Reading) -> str:
@@ -179,7 +180,7 @@ def _evidence(requirement: Requirement, reading: Reading) -> str:
         case "exactly":
             if requirement.subject.color is None:
                 blobs = requirement.subject == Selector() and reading.strays
-                return f"{_COUNTS[min(len(found), 6)]}{' and blobs' if blobs else ''}"
+                return f"{COUNTS[min(len(found), 6)]}{' and blobs' if blobs else ''}"
             colors = [shape.color for shape in shapes if shape.kind == requirement.subject.kind]
             return " ".join(colors[:4]) or "none"
         case "every":
@@ -189,7 +190,7 @@ def _evidence(requirement: Requirement, reading: Reading) -> str:
         case "relation":
             pairs = [(shape, other) for shape in found for other in requirement.value.select(shapes)]
             pairs.sort(key=lambda pair: in_relation(pair[0], requirement.relation, pair[1]))
-            return " and ".join(_quarter(shape) for shape in pairs[0]) if pairs else "none"
+            return " and ".join(quarter(shape.x, shape.y) for shape in pairs[0]) if pairs else "none"
         case "background":
             return reading.background or "unclear"
     raise DataError(f"requirement {requirement.text!r}: unknown check {requirement.check!r}")
@@ -211,7 +212,7 @@ def critic_example(rng: np.random.Generator) -> tuple[np.ndarray, str, str, str]
     wanted = int(rng.integers(1, 6))
     if rng.random() < ALIGNMENT_SHARE:
         prompt, scene = _pair_for_alignment(rng, wanted)
-        image = _aged(rng, render(scene))
+        image = aged(rng, render(scene))
         return image, "alignment", prompt.text, alignment_answer(image, prompt)
     for _ in range(_QUALITY_TRIES):
         image = render(sample_scene(rng, corrupt_prompt(rng, _any_prompt(rng), 0.5)))
@@ -251,7 +252,7 @@ def _recolored(rng: np.random.Generator, prompt: Prompt) -> Prompt:
     return replace(prompt, include=include, background=redraw(prompt.background, BACKGROUNDS))
 
 
-def _aged(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+def aged(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """The picture as a generator might have drawn it: clean, slightly spoiled, or with blobs for shapes."""
     draw = rng.random()
     if draw < 0.45:
