@@ -123,15 +123,18 @@ SECTIONS: dict[str, dict[str, Fault]] = {
     },
     "Input": {
         "malformed-line": Fault(
-            "Malformed records: bad JSON, byte order mark, NUL, wrong types, missing keys, a line of 100 MB",
+            "Malformed records: bad JSON, byte order mark, NUL, wrong types, missing keys, an instruction for editing "
+            "without an image or the other way round, a line of 100 MB",
             "Set aside in `quarantine.jsonl` with line and reason, in bounded memory; more than "
             "`prompts.max_bad_fraction` of them refuse the file, and so does a JSON list that breaks off or holds a "
             "piece that is too long.",
         ),
         "hostile-image": Fault(
-            "An image that is a decompression bomb, truncated, no image, animated, of absurd size or aspect",
+            "An image that is a decompression bomb, truncated, no image, animated, of absurd size or aspect, or "
+            "changed during the run",
             "Refused with one of a fixed set of reasons, before its pixels are decoded where the header tells; in a "
-            "conversation file when the file is read, before anything is trained.",
+            "conversation file when the file is read, before anything is trained. The source images of edits are all "
+            "decoded once before the run, and set aside with their records.",
         ),
         "escaping-path": Fault(
             "A path in a record leaves its folder: dot-dot, absolute, symbolic link, NUL, URL",

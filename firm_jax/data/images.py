@@ -54,26 +54,37 @@ def load_image(
       DataError: names the path and one of a fixed set of reasons; nothing of what lies outside `root` or of a
         decoder's message is in it.
     """
-    with _opened(path, root, max_pixels, max_bytes) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+    return decode_image(read_image_file(path, root, max_bytes=max_bytes), path, max_pixels=max_pixels)
 
 
 def check_image(path: str, root: str | os.PathLike) -> None:
     """What `load_image` can tell without decoding any pixels; raises DataError as it does."""
-    with _opened(path, root, MAX_PIXELS, MAX_BYTES):
+    with _opened(read_image_file(path, root), path, MAX_PIXELS):
         pass
 
 
+def read_image_file(path: str, root: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of an image file, found as by `load_image` and not looked into; raises DataError as it does."""
+    refuse = _refusal(path)
+    return _read_regular_file(_resolve(path, root, refuse), max_bytes, refuse)
+
+
+def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`load_image` for the content of a file, wherever it comes from; errors call it `name`."""
+    with _opened(content, name, max_pixels) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _refusal(name: str) -> Callable[[str], DataError]:
+    shown = repr(name)[:200]
+    return lambda reason: DataError(f"image {shown} {reason}. Correct the record or leave it out.")
+
+
 @contextlib.contextmanager
-def _opened(path: str, root: str | os.PathLike, max_pixels: int, max_bytes: int) -> Iterator[Image.Image]:
+def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """An image whose header has passed all checks; whatever goes wrong with it inside becomes a DataError."""
-    shown = repr(path)[:200]
-
-    def refuse(reason: str) -> DataError:
-        return DataError(f"image {shown} {reason}. Correct the record or leave it out.")
-
-    content = _read_regular_file(_resolve(path, root, refuse), max_bytes, refuse)
+    refuse = _refusal(name)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size

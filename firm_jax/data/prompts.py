@@ -10,11 +10,10 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
-import numpy as np
 from absl import logging
 
+from firm_jax.data import tfds
 from firm_jax.data.records import (
     DEFAULT_MAX_BAD_FRACTION,
     MalformedRecord,
@@ -28,9 +27,8 @@ from firm_jax.data.records import (
     read_lines,
     write_quarantine,
 )
-from firm_jax.errors import ConfigError, DataError
+from firm_jax.errors import DataError
 
-TFDS_PREFIX = "tfds:"
 TEXT_KEYS = ("input_prompt", "caption", "prompt", "text")
 # The longest prompt of the published sets has 1,440 bytes, and no text encoder here reads 1,024 tokens to the end. What
 # is longer is no prompt, and would make the critic's whole batch as long as it is.
@@ -105,21 +103,49 @@ def load_prompts(
       DataError: a source is missing, empty, ambiguous, or has more unusable records than the budget.
       ConfigError: `max_bad_fraction` is not in [0, 1), or tensorflow-datasets is needed and not installed.
     """
+    return load_splits(
+        source,
+        read_prompts,
+        ("train.txt", "train_metadata.jsonl", "text_to_image.json"),
+        ("test.txt", "test_metadata.jsonl"),
+        held_out_source=held_out_source,
+        max_bad_fraction=max_bad_fraction,
+        quarantine_file=quarantine_file,
+        check=check,
+    )
+
+
+def load_splits(
+    source: str | os.PathLike,
+    read: Callable[[str], tuple[list[PromptRecord], list[QuarantinedRecord]]],
+    train_files: Sequence[str],
+    test_files: Sequence[str],
+    *,
+    held_out_source: str | os.PathLike | None,
+    max_bad_fraction: float,
+    quarantine_file: str | os.PathLike | None,
+    check: Callable[[PromptRecord], None],
+) -> PromptSplits:
+    """`load_prompts` for any kind of prompt.
+
+    read: gives all records of one file or `tfds:` name, and those that cannot be used. train_files, test_files: the
+    names by which they are found in a folder.
+    """
     source = os.fspath(source)
-    if not source.startswith(TFDS_PREFIX) and os.path.isdir(source):
-        source, test_file = _resolve_folder(Path(source))
+    if not source.startswith(tfds.PREFIX) and os.path.isdir(source):
+        source, test_file = _resolve_folder(Path(source), train_files, test_files)
         held_out_source = held_out_source or test_file
 
     sources = [source, os.fspath(held_out_source)] if held_out_source else [source]
-    read = [_checked(*read_prompts(each), check) for each in sources]
-    quarantined = [bad for _, bad_records in read for bad in bad_records]
+    loaded = [_checked(*read(each), check) for each in sources]
+    quarantined = [bad for _, bad_records in loaded for bad in bad_records]
     if quarantine_file is not None:
         write_quarantine(quarantine_file, quarantined)
-    for each, (records, bad_records) in zip(sources, read, strict=True):
+    for each, (records, bad_records) in zip(sources, loaded, strict=True):
         check_budget(each, len(records), bad_records, max_bad_fraction)
 
-    distinct = [merge_duplicates(records) for records, _ in read]
-    merged = sum(len(records) - len(kept) for (records, _), kept in zip(read, distinct, strict=True))
+    distinct = [merge_duplicates(records) for records, _ in loaded]
+    merged = sum(len(records) - len(kept) for (records, _), kept in zip(loaded, distinct, strict=True))
     train, held_out = distinct if held_out_source else split_prompts(distinct[0])
     shared = len({record.group_key for record in train} & {record.group_key for record in held_out})
     logging.info(
@@ -152,7 +178,7 @@ def read_prompts(source: str | os.PathLike) -> tuple[list[PromptRecord], list[Qu
     Raises DataError for a source that cannot be read at all.
     """
     source = os.fspath(source)
-    if source.startswith(TFDS_PREFIX):
+    if source.startswith(tfds.PREFIX):
         return _read_tfds(source)
     readers = {".txt": _read_text, ".jsonl": _read_json, ".json": _read_json}
     ending = Path(source).suffix
@@ -260,83 +286,27 @@ def split_prompts(records: Sequence[PromptRecord]) -> tuple[list[PromptRecord], 
     return [records[index] for index in indices[:cut]], [records[index] for index in indices[cut:]]
 
 
-def _resolve_folder(folder: Path) -> tuple[str, str | None]:
+def _resolve_folder(folder: Path, train_files: Sequence[str], test_files: Sequence[str]) -> tuple[str, str | None]:
     """The training file of a prompt folder, and its held-out file where it has one."""
 
-    def find(*names: str) -> str | None:
+    def find(names: Sequence[str]) -> str | None:
         found = [str(folder / name) for name in names if (folder / name).is_file()]
         if len(found) > 1:
             raise DataError(f"{' and '.join(found)} could both be meant. Name the file instead of the folder.")
         return found[0] if found else None
 
-    train = find("train.txt", "train_metadata.jsonl", "text_to_image.json")
+    train = find(train_files)
     if train is None:
+        *others, last = train_files
         raise DataError(
-            f"folder {folder} holds no training prompts: looked for train.txt, train_metadata.jsonl and "
-            "text_to_image.json. Add one of them, or name a file."
+            f"folder {folder} holds no training prompts: looked for {', '.join(others)} and {last}. Add one of them, "
+            "or name a file."
         )
-    return train, find("test.txt", "test_metadata.jsonl")
+    return train, find(test_files)
 
 
 def _read_tfds(source: str) -> tuple[list[PromptRecord], list[QuarantinedRecord]]:
-    """Rows of a TensorFlow Datasets split, through its random-access reader, which needs no TensorFlow.
-
-    Text, number and label columns become metadata; images and nested columns are left out.
-    """
-    name, _, query = source.removeprefix(TFDS_PREFIX).partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = options.keys() - {"split", "text", "data_dir"}
-    if unknown:
-        raise ConfigError(
-            f"{source}: unknown option {', '.join(sorted(unknown))}. "
-            "The form is tfds:NAME?split=SPLIT&text=COLUMN&data_dir=FOLDER; all after the name is optional."
-        )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ConfigError(
-            f"{source} needs tensorflow-datasets, which cannot be imported ({error}). "
-            "Install it with `pip install 'firm-jax[tfds]'`, or give a prompt file."
-        ) from error
-    try:
-        builder = tfds.builder(name, data_dir=options.get("data_dir"))
-    except ValueError as error:  # its further lines list every dataset that there is
-        raise DataError(f"{source}: {str(error).splitlines()[0]} Check the name and data_dir.") from error
-    except ImportError as error:  # of what the dataset's own code imports
-        raise DataError(
-            f"{source}: the dataset's code needs {error.name}. Install it, or give a prompt file."
-        ) from error
-
-    features = builder.info.features
-    column = options.get("text") or next((key for key in TEXT_KEYS if key in features), None)
-    if column not in features or not isinstance(features[column], tfds.features.Text):
-        texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-        problem = "no column is named as prompts usually are" if column is None else f"{column!r} is no text column"
-        raise DataError(f"{source}: {problem}. Add text=COLUMN with one of its text columns: {', '.join(texts)}.")
-    encoded = (tfds.features.Image, tfds.features.Video, tfds.features.Audio)
-    left_encoded = {key: tfds.decode.SkipDecoding() for key in features if isinstance(features[key], encoded)}
-
-    def parse(row: dict[str, Any], line: int) -> PromptRecord:
-        columns = {key: _plain(row[key]) for key in features if key not in left_encoded}
-        return parse_prompt({key: value for key, value in columns.items() if value is not None}, source, line, [column])
-
-    try:
-        rows = builder.as_data_source(options.get("split", "train"), decoders=left_encoded)
-        return collect(source, ((index + 1, rows[index]) for index in range(len(rows))), parse)
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise DataError(
-            f"{source}: {str(error).splitlines()[0]} Check the split, and that the dataset is prepared for random "
-            f"access: `tfds build {name} --file_format=array_record`."
-        ) from error
-
-
-def _plain(value: Any) -> str | int | float | bool | None:
-    """A dataset column as a JSON scalar; None where it is not one."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise MalformedRecord("not UTF-8") from error
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if isinstance(value, str | int | float | bool) else None
+    """Rows of a dataset: the text column is the prompt, other texts, numbers and labels become metadata."""
+    dataset = tfds.Dataset(source, ["text"])
+    column = dataset.column("text", TEXT_KEYS, dataset.text_columns, "text")
+    return dataset.read(lambda row, line: parse_prompt(dataset.scalars(row), source, line, [column]))
