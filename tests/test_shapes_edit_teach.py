@@ -7,10 +7,13 @@ import pytest
 from firm_jax.critic.parse import parse_edit
 from firm_jax.critic.rubric import rubrics_from
 from firm_jax.critic.sft import VERDICT, read_scores
+from firm_jax.data.edits import load_edits
+from firm_jax.data.images import to_array
+from firm_jax.embedded import embedded_path
 from firm_jax.shapes import edit_teach
 from firm_jax.shapes.edit_oracle import compare
 from firm_jax.shapes.edit_teach import CRITERIA, INSTRUCTION_CLASSES, RUBRICS, edit_answer, instruction_classes
-from firm_jax.shapes.edits import Change, Edit
+from firm_jax.shapes.edits import Change, Edit, edits
 from firm_jax.shapes.render import render
 from firm_jax.shapes.scene import Scene, Selector, Shape
 
@@ -96,16 +99,16 @@ def test_examples_are_a_function_of_the_generator(examples):
 
 
 def test_batches_are_what_an_editor_does_part_of_the_time():
-    edits, sources, scenes, images = edit_teach.generator_batch(np.random.default_rng(5), 120, untouched=0.2)
+    asked, sources, scenes, images = edit_teach.generator_batch(np.random.default_rng(5), 120, untouched=0.2)
     assert sources.shape == images.shape == (120, 64, 64, 3) and images.dtype == np.float32
     assert (images == np.stack([render(scene) for scene in scenes])).all()
-    found = [compare(source, image, edit) for source, image, edit in zip(sources, images, edits, strict=True)]
+    found = [compare(source, image, edit) for source, image, edit in zip(sources, images, asked, strict=True)]
     execution, preservation = np.mean([(one.execution, one.preservation) for one in found], axis=0)
     assert 0.45 < execution < 0.75 and 0.85 < preservation < 0.99
     exact = edit_teach.generator_batch(np.random.default_rng(6), 40, wrong=0.0, careless=0.0)
     assert all(compare(source, image, edit).accurate for edit, source, _, image in zip(*exact, strict=True))
     again = edit_teach.generator_batch(np.random.default_rng(5), 120, untouched=0.2)
-    assert again[0] == edits and (again[3] == images).all()
+    assert again[0] == asked and (again[3] == images).all()
 
 
 def test_an_instructions_classes_say_what_it_says_and_nothing_else():
@@ -116,6 +119,30 @@ def test_an_instructions_classes_say_what_it_says_and_nothing_else():
     rng = np.random.default_rng(0)
     said = np.array([instruction_classes(edit_teach.sample_task(rng)[1]) for _ in range(600)])
     assert (said < INSTRUCTION_CLASSES).all() and (said.max(0) == np.array(INSTRUCTION_CLASSES) - 1).sum() >= 14
+
+
+def test_edits_are_written_as_the_reader_of_runs_reads_them(tmp_path):
+    edit_teach.write_edits(tmp_path, "train", 3)
+    edit_teach.write_edits(tmp_path, "test", 2, seed=1)
+    splits = load_edits(tmp_path, max_images=1)
+    for split, seed, records in (("train", 0, splits.train), ("test", 1, splits.held_out)):
+        expected = edits(split, len(records) // 3, seed)
+        assert [Edit.from_json({"prompt": record.text, **record.metadata}) for record in records] == [
+            edit for _, edit in expected
+        ]
+        for record, (source, _) in zip(records, expected, strict=True):
+            assert np.abs(to_array(record.images[0].open()) - render(source)).max() < 0.003
+    assert len({record.images[0].sha256 for record in splits.train}) == 3
+
+
+def test_the_edits_that_ship_can_be_checked_from_their_pixels():
+    splits = load_edits(embedded_path("embedded:edits"), max_images=1)
+    assert (len(splits.train), len(splits.held_out), splits.shared, splits.duplicates_merged) == (960, 480, 0, 0)
+    assert not {r.images[0].sha256 for r in splits.train} & {r.images[0].sha256 for r in splits.held_out}
+    for record in splits.held_out[:60]:
+        source = to_array(record.images[0].open())
+        found = compare(source, source, Edit.from_json({"prompt": record.text, **record.metadata}))
+        assert (found.execution, found.preservation) == (0, 1)
 
 
 def test_rubrics_are_short_and_have_their_fields():

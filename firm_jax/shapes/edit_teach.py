@@ -9,9 +9,9 @@ import numpy as np
 
 from firm_jax.shapes import oracle
 from firm_jax.shapes.edit_oracle import Comparison, compare_readings, name
-from firm_jax.shapes.edits import DIFFICULTIES, OPERATIONS, Edit, sample_edit, sample_source, sample_target
+from firm_jax.shapes.edits import DIFFICULTIES, OPERATIONS, Edit, edits, sample_edit, sample_source, sample_target
 from firm_jax.shapes.oracle import Reading
-from firm_jax.shapes.render import render
+from firm_jax.shapes.render import render, to_pil
 from firm_jax.shapes.scene import BACKGROUNDS, COLORS, KINDS, QUARTERS, SIZES, Scene, choice, quarter
 from firm_jax.shapes.teach import COUNTS, aged, place_in
 
@@ -41,6 +41,18 @@ def generator_batch(
     ]
     sources = np.stack([render(source) for source, _ in tasks])
     return [edit for _, edit in tasks], sources, targets, np.stack([render(target) for target in targets])
+
+
+def write_edits(folder: Path, split: str, sources: int, seed: int = 0) -> None:
+    """Write `edits(split, sources, seed)` as `{split}_metadata.jsonl`, sources as PNG files, for `data.edits`."""
+    folder, names = Path(folder), {}
+    (folder / "sources").mkdir(parents=True, exist_ok=True)
+    with (folder / f"{split}_metadata.jsonl").open("w") as out:
+        for source, edit in edits(split, sources, seed):
+            if source not in names:
+                names[source] = f"sources/{split}_{len(names):03d}.png"
+                to_pil(render(source)).save(folder / names[source], optimize=True)
+            out.write(json.dumps({**edit.to_json(), "image": names[source]}) + "\n")
 
 
 # Of an instruction, for its first and its second change: operation, subject's kind and colour, value's kind, colour
