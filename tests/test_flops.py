@@ -11,6 +11,7 @@ from flax import nnx
 from firm_jax.models import abstract
 from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.lora import LoraConfig, init_lora
+from firm_jax.models.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from firm_jax.models.qwen_image import QwenImageConfig, QwenImageTransformer
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
@@ -18,6 +19,7 @@ from firm_jax.models.t5 import T5Config, T5Encoder
 from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from firm_jax.models.vae_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from firm_jax.published import QWEN3_VL
+from firm_jax.published import QWEN_IMAGE as QWEN_IMAGE_PIPELINES
 
 SD3 = SD3Config(
     num_layers=3,
@@ -195,6 +197,43 @@ def test_qwen3_vl_vision():
     patches = shapes(1, 256, config.vision.patch_features)
     counted = xla_flops(call("encode_images"), params, patches, shapes(1, 2, dtype=jnp.int32))
     assert config.vision.forward_flops(256) == pytest.approx(counted, rel=0.06)
+
+
+def qwen2_5_vl() -> Qwen2_5VLConfig:
+    raw = QWEN_IMAGE_PIPELINES["Qwen/Qwen-Image-Edit"]["text_encoder"]
+    text = raw["text_config"] | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "layer_types": None,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 1000,
+    }
+    vision = raw["vision_config"] | {
+        "depth": 1,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_heads": 4,
+        "out_hidden_size": 256,
+        "fullatt_block_indexes": [],
+    }
+    return Qwen2_5VLConfig.from_hf({**raw, "text_config": text, "vision_config": vision})
+
+
+def test_qwen2_5_vl_vision():
+    config = qwen2_5_vl()
+    call, params = parts(Qwen2_5VL, config)
+    patches = shapes(1, 256, config.vision.patch_features)
+    counted = xla_flops(call("encode_images"), params, patches, shapes(1, 2, dtype=jnp.int32))
+    assert config.vision.forward_flops(256) == pytest.approx(counted, rel=0.06)
+
+
+def test_qwen2_5_vl_text():
+    config, tokens = qwen2_5_vl(), 192
+    call, params = parts(Qwen2_5VL, config)
+    given = shapes(1, tokens, 256), shapes(3, 1, tokens, dtype=jnp.int32), shapes(1, tokens, dtype=jnp.int32)
+    assert config.text.forward_flops(tokens) == pytest.approx(xla_flops(call("__call__"), params, *given), rel=0.06)
 
 
 @pytest.mark.parametrize("tokens", [192, 1], ids=["prefill", "decode"])

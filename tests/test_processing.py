@@ -14,11 +14,11 @@ from firm_jax.critic.processing import (
     image_table,
     patch_image,
     power_of_two,
-    rope_positions,
     smart_resize,
     to_pixels,
 )
 from firm_jax.errors import ConfigError, DataError, WeightsError
+from firm_jax.models.qwen_text import rope_positions
 
 RELEASED = {"factor": 32, "min_pixels": 65536, "max_pixels": 16777216}
 

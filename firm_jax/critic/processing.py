@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from firm_jax.data.images import from_array
 from firm_jax.errors import ConfigError, DataError, WeightsError
 from firm_jax.interop.files import read_json
+from firm_jax.models.qwen_text import rope_positions
 
 MAX_ASPECT = 200
 
@@ -176,25 +177,6 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def rope_positions(lengths: list[int | tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """Positions [3, T] of a sequence of runs, and the next free position.
-
-    A run is a number of text tokens, which advance all three axes together, or the (rows, columns) of an image in
-    merged patches: time stays, row and column count, and the sequence moves on by the longer side.
-    """
-    parts, start = [], 0
-    for run in lengths:
-        if isinstance(run, tuple):
-            rows, columns = run
-            grid = np.stack(np.meshgrid(np.arange(1), np.arange(rows), np.arange(columns), indexing="ij"))
-            parts.append(start + grid.reshape(3, -1))
-            start += max(run)
-        else:
-            parts.append(start + np.tile(np.arange(run), (3, 1)))
-            start += run
-    return np.concatenate(parts, axis=1).astype(np.int32), start
 
 
 class Processor:

@@ -28,6 +28,7 @@ CLASSES = {
     "CLIPTextModelWithProjection": ("clip", "CLIPTextModel"),
     "T5EncoderModel": ("t5", "T5Encoder"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5VL"),
 }
 
 DTYPES = ("float32", "bfloat16", "float16")

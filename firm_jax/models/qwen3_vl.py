@@ -11,27 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
 from firm_jax.mesh import BATCH_AXES
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import (
-    Embedding,
-    Linear,
-    RMSNorm,
-    project,
-    reshape,
-    rotate,
-    scan_layers,
-    split_heads,
-    stack,
-    take_rows,
-    zeros_beside,
-)
+from firm_jax.models.layers import Linear, project, scan_layers, zeros_beside
 from firm_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig
+from firm_jax.models.qwen_text import SHARDING_RULES, TextModel, image_rows, rotary_tables
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,8 @@ class Qwen3VLTextConfig:
     max_position_embeddings: int
     rope_theta: float
     mrope_section: tuple[int, int, int]
+
+    qk_norm, qkv_bias = True, False
 
     @classmethod
     def from_hf(cls, raw: dict) -> "Qwen3VLTextConfig":
@@ -159,72 +149,6 @@ class Qwen3VLConfig:
         }
 
 
-class TextAttention(nnx.Module):
-    """Grouped-query attention with normalised queries and keys."""
-
-    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
-        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.key_heads = N, K
-        self.q_proj = Linear(D, N * H, bias=False, rngs=rngs)
-        self.k_proj = Linear(D, K * H, bias=False, rngs=rngs)
-        self.v_proj = Linear(D, K * H, bias=False, rngs=rngs)
-        self.o_proj = Linear(N * H, D, bias=False, rngs=rngs)
-        self.q_norm = RMSNorm(H, epsilon=config.rms_norm_eps)
-        self.k_norm = RMSNorm(H, epsilon=config.rms_norm_eps)
-
-    def __call__(self, x, cos, sin, attend):
-        """`attend` takes q [B, T, N, H], k and v [B, T, K, H] and returns the output and the cache that it keeps."""
-        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.heads, self.key_heads)), cos, sin)
-        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.key_heads)), cos, sin)
-        v = split_heads(self.v_proj(x), self.key_heads)
-        out, cache = attend(q, k, v)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
-
-
-class TextMLP(nnx.Module):
-    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
-        D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, F, bias=False, rngs=rngs)
-        self.up_proj = Linear(D, F, bias=False, rngs=rngs)
-        self.down_proj = Linear(F, D, bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class TextBlock(nnx.Module):
-    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        self.self_attn = TextAttention(config, rngs=rngs)
-        self.mlp = TextMLP(config, rngs=rngs)
-
-    @jax.named_scope("text_block")
-    def __call__(self, x, cos, sin, attend):
-        out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
-
-
-class Qwen3Text(nnx.Module):
-    """The language model's parameters."""
-
-    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stack(lambda rngs: TextBlock(config, rngs=rngs), config.num_hidden_layers, rngs)
-        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-
-
-def rotary_tables(positions, config: Qwen3VLTextConfig, dtype):
-    """cos and sin [B, T, H / 2] of positions [3, B, T]: angles in float32, tables in the activations' dtype."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
-    time, row, column = (axis[..., None].astype(jnp.float32) for axis in positions)
-    axes = config.rotary_axes
-    angles = jnp.where(axes == 1, row, jnp.where(axes == 2, column, time)) * frequencies
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
 class Qwen3VL(nnx.Module):
     """Qwen3-VL for conditional generation (Qwen3-VL technical report, arXiv 2511.21631)."""
 
@@ -232,10 +156,7 @@ class Qwen3VL(nnx.Module):
     hf_class = "Qwen3VLForConditionalGeneration"
     sharding_rules = (
         *((rf"visual\..*{pattern}", spec) for pattern, spec in Qwen3VLVision.sharding_rules),
-        (r"\.(q|k|v|gate|up)_proj\.kernel", P("fsdp", "tensor")),
-        (r"\.(o|down)_proj\.kernel", P("tensor", "fsdp")),
-        (r"embed_tokens\.embedding", P("tensor", "fsdp")),
-        (r"lm_head\.kernel", P("fsdp", "tensor")),
+        *SHARDING_RULES,
     )
 
     @staticmethod
@@ -260,7 +181,7 @@ class Qwen3VL(nnx.Module):
     def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.visual = Qwen3VLVision(config.vision, rngs=rngs)
-        self.language_model = Qwen3Text(config.text, rngs=rngs)
+        self.language_model = TextModel(config.text, rngs=rngs)
         own_head = not config.tie_word_embeddings
         D, V = config.text.hidden_size, config.text.vocab_size
         self.lm_head = Linear(D, V, bias=False, rngs=rngs) if own_head else None
@@ -282,14 +203,8 @@ class Qwen3VL(nnx.Module):
         Returns embeddings [B, T, D] and DeepStack features [K, B, T, D], zero where there is text.
         """
         with jax.named_scope("splice"):
-            image = (image_index >= 0)[..., None]
-
-            def place(rows):
-                return take_rows(reshape(rows, -1, rows.shape[-1]), image_index)
-
-            embeddings = self.language_model.embed_tokens(ids)
-            embeddings = jnp.where(image, place(features).astype(embeddings.dtype), embeddings)
-            return embeddings, jnp.stack([jnp.where(image, place(level), 0) for level in deepstack])
+            embeddings = image_rows(features, image_index, self.language_model.embed_tokens(ids))
+            return embeddings, jnp.stack([image_rows(level, image_index, 0) for level in deepstack])
 
     def __call__(
         self,

@@ -150,12 +150,12 @@ def axial_angles(row, column, head_dim: int, theta: float):
 
 
 class VisionAttention(nnx.Module):
-    """Full attention among the patches of one image."""
+    """Attention among the patches of one segment of a row: an image, or a window of it."""
 
-    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
-        self.proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.num_heads = heads
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
+        self.proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x, cos, sin, segments):
         q, k, v = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
@@ -176,7 +176,7 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(config.hidden_size, epsilon=NORM_EPSILON)
         self.norm2 = LayerNorm(config.hidden_size, epsilon=NORM_EPSILON)
-        self.attn = VisionAttention(config, rngs=rngs)
+        self.attn = VisionAttention(config.hidden_size, config.num_heads, rngs=rngs)
         self.mlp = VisionMLP(config, rngs=rngs)
 
     @jax.named_scope("vision_block")
