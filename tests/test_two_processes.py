@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -155,7 +156,8 @@ def test_a_killed_process_ends_the_other_and_both_continue(folder, together, kil
 
     started = start(workdir, sizes_after, processes=2)
     finish(started)
-    assert "continuing from checkpoint 2 (1 epochs done)" in started[0].said
+    # The kill came in the second epoch or, where a checkpoint shows late, hardly after it.
+    assert re.search(r"continuing from checkpoint (2 \(1|4 \(2) epochs done", started[0].said)
     assert_same_run(workdir, together)
 
 
