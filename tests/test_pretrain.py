@@ -93,7 +93,7 @@ def test_the_generator_job_continues_and_leaves_a_pipeline(autoencoder, tmp_path
     assert set(metrics) >= {"eval/oracle_fraction", "eval/oracle_accuracy", "loss/caption", "loss/picture"}
     samples = ShapesConversations(9, RUBRICS, seed=0, stream=0, samples=tmp_path / "stopped" / "samples.npz", share=1.0)
     assert {example.criterion for example in samples} == {"alignment_samples", "quality_samples"}
-    assert samples.images.shape == (8, 64, 64, 3) and samples[0].images[0].shape == (64, 64, 3)
+    assert samples.images.shape == (8, 1, 64, 64, 3) and samples[0].images[0].shape == (64, 64, 3)
     generator = Generator.from_pretrained(tmp_path / "straight" / "model", dtype="float32")
     images = generator.sample(["a red square"], steps=1, guidance=2.0, height=64, width=64, max_text_tokens=17)
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
