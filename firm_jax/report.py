@@ -78,6 +78,7 @@ def write_report(workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     rows = _read_lines(workdir / "metrics.jsonl")
+    judgements = _tail(workdir / "judgements.jsonl")[-6:]
     page = (
         _environment()
         .get_template("report.html")
@@ -92,7 +93,8 @@ def write_report(workdir: str | Path) -> Path:
             pictures=_pictures(workdir),
             charts=_charts(rows),
             health=_health(workdir, rows),
-            judgements=_tail(workdir / "judgements.jsonl")[-6:],
+            judgements=judgements,
+            of_edits=any("sources" in judgement for judgement in judgements),
         )
     )
     path = workdir / "report.html"
@@ -109,7 +111,15 @@ _SHARED_CHARTS = {
     "seconds an epoch": re.compile(r"time/.*"),
 }
 _CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "goodput", "time")
-_HEADLINES = ("eval/oracle_fraction", "eval/oracle_accuracy", "reward/mean")
+# What a run of prompts or of edits is about; the first three that it has are on its cards.
+_HEADLINES = (
+    "eval/oracle_fraction",
+    "eval/oracle_edit",
+    "eval/oracle_execution",
+    "eval/oracle_preservation",
+    "eval/oracle_accuracy",
+    "reward/mean",
+)
 _NOT_DRAWN = ("step", "epoch", "time", "non_finite", "checkpoint/damaged", "goodput/productive_s", "goodput/wall_s")
 
 

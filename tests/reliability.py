@@ -134,7 +134,8 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "changed during the run",
             "Refused with one of a fixed set of reasons, before its pixels are decoded where the header tells; in a "
             "conversation file when the file is read, before anything is trained. The source images of edits are all "
-            "decoded once before the run, and set aside with their records.",
+            "decoded once before the run, and set aside with their records; one that changes later stops the run, "
+            "saved as it was before the epoch.",
         ),
         "escaping-path": Fault(
             "A path in a record leaves its folder: dot-dot, absolute, symbolic link, NUL, URL",

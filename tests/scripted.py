@@ -49,14 +49,15 @@ class ScriptedCritic:
 
     def __init__(self, fails=lambda request: False, perfect=lambda prompt: False):
         self.fails, self.perfect = fails, perfect
-        self.pictures = []
+        self.pictures, self.sources = [], []
 
     def judge(self, requests, max_new_tokens, progress):
         return [self._judge(request) for request in progress(requests)]
 
     def _judge(self, request) -> Judgement:
-        [picture], criterion = request["images"], request["criterion"]
+        [*sources, picture], criterion = request["images"], request["criterion"]
         self.pictures.append(np.asarray(picture))
+        self.sources.append([np.asarray(source) for source in sources])
         if self.fails(request):
             return judgement(criterion, None, status="no score")
         expected = 3 + 2 * np.sin(np.asarray(picture, float)[..., 0].mean() / 4)
@@ -69,3 +70,8 @@ class ScriptedCritic:
 def sometimes_nan(instruction, quality):
     """A user's reward that is undefined for some images."""
     return jnp.where(instruction > 0.6, jnp.nan, instruction * quality)
+
+
+def beauty(beauty):
+    """A user's reward that asks for what no rubric does."""
+    return beauty

@@ -31,7 +31,7 @@ class Notes:
     def progress(self, items, description):
         return items
 
-    def images(self, tag, images, captions, *, step, epoch):
+    def images(self, tag, images, captions, *, step, epoch, columns):
         self.grids.append((tag, len(images), captions, step, epoch))
 
 

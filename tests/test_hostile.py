@@ -180,6 +180,20 @@ def critic(tmp_path_factory):
     return Critic.from_pretrained(write_miniature(tmp_path_factory.mktemp("critic")), dtype="float32")
 
 
+def test_source_images_take_their_share_of_what_the_critic_can_read(critic):
+    folder, rubrics, size, source = critic.processor.folder, critic.rubrics, (16, 16), (48, 80)
+    texts = [rubrics[name].fill("make it red") for name in ("edit_execution", "edit_consistency")]
+    needed = [max(critic.processor.length([source] * count + [size], text) for text in texts) for count in (0, 1, 2)]
+    assert needed[0] < needed[1] < needed[2]
+    criteria = ["edit_execution", "edit_consistency"]
+    check = prompt_check(
+        folder, None, criteria, [size], critic.max_length - needed[1], lambda edit: [source] * edit.metadata["images"]
+    )
+    check(PromptRecord("make it red", metadata={"images": 1}))
+    with pytest.raises(MalformedRecord, match=f"needs {needed[2]} tokens of the critic with rubric and images"):
+        check(PromptRecord("make it red", metadata={"images": 2}))
+
+
 @pytest.mark.fault("hostile-text")
 def test_hostile_prompts_reach_the_critic_as_text(critic):
     prompts = [*hostile.TEXTS, "a" * 10_000_000]

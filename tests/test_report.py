@@ -90,6 +90,22 @@ def test_the_report_tells_the_whole_run_by_itself(tmp_path):
         ElementTree.fromstring(svg)
 
 
+def test_the_report_of_edits_names_sources_and_says_what_was_done_and_what_was_kept(tmp_path):
+    a_run(tmp_path)
+    assert "the edit on the right" not in write_report(tmp_path).read_text()
+    names = ["oracle_edit", "oracle_execution", "oracle_preservation", "oracle_accuracy"]
+    rows = [
+        {"step": epoch, "epoch": epoch, "time": epoch} | {f"eval/{name}": 0.25 + epoch / 2 for name in names[::-1]}
+        for epoch in (0, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judgement = {"prompt": "make it red", "criterion": "execution", "score": 4, "status": "ok", "text": "so"}
+    (tmp_path / "judgements.jsonl").write_text(json.dumps(judgement | {"sources": ["a/0.png", "b/<1>.png"]}) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r"<h3>eval/(\w+)</h3>", page) == names[:3]
+    assert "<code>a/0.png, b/&lt;1&gt;.png</code>" in page and "the edit on the right" in page
+
+
 def test_a_run_with_nothing_measured_has_a_report(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "nothing measured yet" in page

@@ -90,7 +90,7 @@ def test_the_critic_is_asked_once_for_every_criterion_of_every_image():
 
     critic, images = Listening(), np.stack([np.full((2, 2, 3), 0.2), np.full((2, 2, 3), 0.9)])
     judged = judge(
-        critic, images, RECORDS, ["instruction", "quality"], SimpleNamespace(max_new_tokens=9), progress=list
+        critic, images, RECORDS, [[], []], ["instruction", "quality"], SimpleNamespace(max_new_tokens=9), progress=list
     )
     assert critic.given == {"max_new_tokens": 9, "progress": list}
     seen = [
@@ -187,9 +187,10 @@ def test_an_image_that_is_not_finite_is_alone_in_that_and_is_not_shown_to_the_cr
     assert np.isnan(images[bad]).all()
     np.testing.assert_allclose(images[~bad], drawn[1][~bad], rtol=1e-6)
     critic, records = ScriptedCritic(), [PromptRecord(PROMPTS[row]) for row in ROWS]
-    judged = judge(critic, images, records, ["instruction", "quality"], SimpleNamespace(max_new_tokens=9), list)
-    alone = judge(critic, images[~bad], [r for r, b in zip(records, bad, strict=True) if not b], ["quality"],
-                  SimpleNamespace(max_new_tokens=9), list)  # fmt: skip
+    none, settings = [[] for _ in ROWS], SimpleNamespace(max_new_tokens=9)
+    judged = judge(critic, images, records, none, ["instruction", "quality"], settings, list)
+    kept = [record for record, b in zip(records, bad, strict=True) if not b]
+    alone = judge(critic, images[~bad], kept, none[: len(kept)], ["quality"], settings, list)
     assert len(critic.pictures) == 2 * 4 + 4
     for found in judged.values():
         assert [j.status for j in found] == ["image_not_finite" if b else "ok" for b in bad]

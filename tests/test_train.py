@@ -440,7 +440,8 @@ def nothing_is_loaded(monkeypatch):
     [
         ({"group.images_per_prompt": 1}, r"group.images_per_prompt is 1: .*2 or more"),
         ({"reward.name": "beauty"}, "unknown reward 'beauty'"),
-        ({"reward.name": "cme"}, "execution.*instruction, quality"),
+        ({"reward.name": "scripted:beauty", "reward.weights": {}}, "needs beauty, which no rubric.*consistency"),
+        ({"reward.name": "cme"}, r"execution, consistency.*source.*text alone.*qma.*configs/edit_cme.py"),
         ({"rollout.solver": "heun"}, "rollout.solver is 'heun'.*euler, dpm2, sde"),
         ({"eval.solver": "heun"}, "eval.solver is 'heun'"),
         ({"train.adv_mode": "some"}, "train.adv_mode is 'some'.*positive_only"),

@@ -1,6 +1,7 @@
 """The critic as the rest of the package sees it: requests in, texts or judgements out."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Requests
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,36 +185,46 @@ class Critic:
 
 
 def prompt_check(
-    folder: Path, rubrics, criteria: Requests[str], sizes: Requests[tuple[int, int]], max_new_tokens: int
+    folder: Path,
+    rubrics,
+    criteria: Requests[str],
+    sizes: Requests[tuple[int, int]],
+    max_new_tokens: int,
+    sources: Callable[[PromptRecord], Iterable[tuple[int, int]]] = lambda record: (),
 ) -> Callable[[PromptRecord], None]:
     """A check for `load_prompts`: MalformedRecord for a prompt about which this critic could not be asked.
 
     It needs the folder's tokenizer and config, not the weights, so a run knows before it starts what would otherwise
     stop it when the prompt is drawn. rubrics: as in `Critic.from_pretrained`; criteria: those to be asked for; sizes:
-    the (height, width) of the images that it is to see, one at a time. Raises ConfigError for a criterion without a
-    rubric and for a context that the rubric alone would fill; the check, for a requirement that a rubric would drop.
+    the (height, width) of the images that it is to see, one at a time; sources: those of the source images that it
+    sees before each of them. Raises ConfigError for a criterion without a rubric and for a context that the rubric
+    alone would fill; the check, for a requirement that a rubric would drop.
     """
     processor = Processor(folder)
     limit = Qwen3VLConfig.from_hf(models.read_config(folder)).text.max_position_embeddings
     served = served_rubrics(folder, rubrics)
     asked = [_rubric(served, criterion) for criterion in criteria]
 
-    def length(prompt: str, requirement: str) -> int:
+    @functools.cache
+    def frame(before: tuple[tuple[int, int], ...]) -> int:
+        """The tokens around a text: those of the images `before`, of the largest picture, and of the turns."""
+        return max(processor.length([*before, size], "") for size in sizes)
+
+    def length(prompt: str, requirement: str, before: tuple[tuple[int, int], ...] = ()) -> int:
         texts = [rubric.fill(prompt, requirement) for rubric in asked]
         # A token is a byte of the text or more, and normalisation makes at most three bytes of one.
-        if frame + 3 * max(len(text.encode()) for text in texts) + max_new_tokens <= limit:
+        if frame(before) + 3 * max(len(text.encode()) for text in texts) + max_new_tokens <= limit:
             return 0
-        return max(processor.length([size], text) for text in texts for size in sizes)
+        return max(processor.length([*before, size], text) for text in texts for size in sizes)
 
     def check(record: PromptRecord) -> None:
-        tokens = length(record.text, record.requirement)
+        tokens = length(record.text, record.requirement, tuple(sources(record)))
         if tokens + max_new_tokens > limit:
             raise MalformedRecord(
-                f"needs {tokens} tokens of the critic with rubric and image, and {limit - max_new_tokens} are there "
+                f"needs {tokens} tokens of the critic with rubric and images, and {limit - max_new_tokens} are there "
                 f"({limit} less critic.max_new_tokens)"
             )
 
-    frame = max(processor.length([size], "") for size in sizes)
     if (shortest := length("", "")) + max_new_tokens > limit:
         raise ConfigError(
             f"critic.max_new_tokens = {max_new_tokens} leaves no room for a prompt: rubric and image take {shortest} "

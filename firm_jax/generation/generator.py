@@ -36,6 +36,8 @@ class Generator:
 
     params: object
     vae_params: object
+    edits = False  # whether it changes source images, or draws from text alone
+    max_images = 0  # how many source images it takes
 
     def __init__(self, mesh: Mesh | None, lora: dict | None):
         self.mesh, self.lora = mesh, lora

@@ -1,25 +1,38 @@
 """How good the policy is on prompts that it is never trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from firm_jax.critic import Critic
+from firm_jax.data.edits import EditRecord
+from firm_jax.data.images import to_array
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.rl.rewards import Reward
-from firm_jax.rl.rollout import judge, judgement_metrics, make_sampler, mean_or_none, scores
+from firm_jax.rl.rollout import (
+    judge,
+    judgement_metrics,
+    make_sampler,
+    mean_or_none,
+    scores,
+    shown_sources,
+    sources_of,
+)
 from firm_jax.run import Run
 from firm_jax.shapes import oracle
+from firm_jax.shapes.edit_oracle import compare_readings
+from firm_jax.shapes.edits import Edit
 from firm_jax.shapes.scene import Prompt
 
 SHOWN = 16  # pictures of the grid
 
 
 class Evaluator:
-    """Draws `eval.images_per_prompt` images of `eval.prompts` held-out prompts, always from the same noise.
+    """Draws `eval.images_per_prompt` images of `eval.prompts` held-out prompts or edits, always from the same noise.
 
-    `eval.judged` of them go to the critic. `eval.oracle` says that the prompts are of the shapes world, whose oracle
-    then tells from the pixels which of a prompt's requirements hold.
+    `eval.judged` of them go to the critic. `eval.oracle` says that they are of the shapes world, whose oracle then
+    tells from the pixels which of a prompt's requirements hold, or what of an edit was carried out and what kept.
     """
 
     def __init__(
@@ -35,6 +48,9 @@ class Evaluator:
         rows = np.tile(np.arange(len(prompts), dtype=np.int32), settings.images_per_prompt)
         self.prompts, self.rows = [prompts[row] for row in rows], rows
         self.numbers = np.arange(len(rows), dtype=np.uint32)
+        sources = shown_sources(prompts, settings)
+        self.sources = [sources[row] for row in rows]
+        self.oracle = (edit_oracle if _of_edits(prompts) else prompt_oracle)(prompts) if settings.oracle else None
         self.conditioning = generator.encode_prompts([prompt.text for prompt in prompts], settings.max_text_tokens)
         self.sample = make_sampler(
             generator, settings, generator.mesh, lambda chunks: run.progress(chunks, "evaluating")
@@ -46,10 +62,13 @@ class Evaluator:
         with self.run.timer("eval"):
             _, images = self.sample(lora, self.conditioning, self.rows, self.numbers, self.key)
             metrics, captions = self._judge(images)
-            if self.config.eval.oracle:
+            if self.oracle is not None:
                 metrics |= self._ask_oracle(images)
-        texts = [f"{p.text} | {caption}" for p, caption in zip(self.prompts, captions, strict=False)]
-        self.run.images("eval", images[:SHOWN], texts[:SHOWN], step=step, epoch=epoch)
+        texts = [f"{p.text} | {caption}" for p, caption in zip(self.prompts, captions, strict=True)]
+        shown, columns = images[:SHOWN], 4
+        if _of_edits(self.prompts):
+            shown, columns = beside_sources(shown, self.sources[:SHOWN]), 2
+        self.run.images("eval", shown, texts[:SHOWN], step=step, epoch=epoch, columns=columns)
         return metrics
 
     def _judge(self, images: np.ndarray) -> tuple[dict[str, float | None], list[str]]:
@@ -60,6 +79,7 @@ class Evaluator:
             self.critic,
             images[:count],
             self.prompts[:count],
+            self.sources[:count],
             self.reward.criteria,
             self.config.critic,
             lambda batches: self.run.progress(batches, "judging"),
@@ -69,20 +89,80 @@ class Evaluator:
         rewards = np.asarray(rewards)
         metrics = judgement_metrics(judged, kind) | {"reward": mean_or_none(rewards)}
         names = {name: f"eval/{name.removeprefix('reward/').replace('/', '_')}" for name in metrics}
-        captions = [f"reward {r:.2f}" if ok else "not judged" for r, ok in zip(rewards, np.asarray(valid), strict=True)]
-        return {names[name]: value for name, value in metrics.items()}, captions + [""] * (len(images) - count)
+        captions = ["not judged"] * count + [""] * (len(images) - count)
+        for index in np.flatnonzero(valid):
+            found = ", ".join(f"{name} {1 + 4 * values[index]:.3g}" for name, (values, _) in pairs.items())
+            captions[index] = f"reward {rewards[index]:.2f} ({found})"
+        return {names[name]: value for name, value in metrics.items()}, captions
 
     def _ask_oracle(self, images: np.ndarray) -> dict[str, float]:
-        wanted = [Prompt.from_json({"prompt": p.text, **p.metadata}) for p in self.prompts]
         pictures = np.nan_to_num(images)  # one that is not finite is black: the generator has failed
-        holds = [oracle.check(picture, prompt) for picture, prompt in zip(pictures, wanted, strict=True)]
-        fraction, accuracy = np.array([np.mean(h) for h in holds]), np.array([all(h) for h in holds], float)
+        found = self.oracle(pictures, self.rows)
+        means = {f"eval/oracle_{name}": float(values.mean()) for name, values in found.items()}
+        errors = {f"eval/oracle_{name}_se": clustered_error(values, self.rows) for name, values in found.items()}
+        return means | errors
+
+
+def _of_edits(records: Sequence[PromptRecord]) -> bool:
+    return isinstance(records[0], EditRecord)
+
+
+def beside_sources(images: np.ndarray, sources: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Each of N edited pictures [N, H, W, 3] to the right of its source images, in one picture of twice its width.
+
+    sources: [N] uint8 [h, w, 3] each; they are shown whole, several of them next to each other.
+    """
+    count, height, width, _ = images.shape
+    gap = np.ones((count, height, max(1, width // 16), 3), np.float32)
+    return np.concatenate([[_tile(before, height, width) for before in sources], gap, images], axis=2)
+
+
+def _tile(sources: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    tile = Image.new("RGB", (width, height), "white")
+    each = width // len(sources)
+    for place, source in enumerate(sources):
+        tile.paste(ImageOps.pad(Image.fromarray(source), (each, height), color="white"), (place * each, 0))
+    return to_array(tile)
+
+
+def prompt_oracle(prompts: Sequence[PromptRecord]) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """`ask(pictures [M, H, W, 3], rows [M])`: of each picture, drawn for prompt `rows`, the share of its requirements
+    that hold (`fraction`) and whether all do (`accuracy`), [M] each.
+
+    Raises DataError for a prompt that is not of the shapes world.
+    """
+    wanted = [Prompt.from_json({"prompt": p.text, **p.metadata}) for p in prompts]
+
+    def ask(pictures, rows):
+        holds = [oracle.check(picture, wanted[row]) for picture, row in zip(pictures, rows, strict=True)]
+        return {"fraction": np.array([np.mean(h) for h in holds]), "accuracy": np.array([all(h) for h in holds], float)}
+
+    return ask
+
+
+def edit_oracle(edits: Sequence[EditRecord]) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """`ask(pictures [M, H, W, 3], rows [M])`: of each picture, made for edit `rows`, the share of the requested changes
+    that hold (`execution`), of all else that was kept (`preservation`), both together (`edit`), and whether all of it
+    holds (`accuracy`), [M] each.
+
+    Raises DataError for an edit that is not of the shapes world.
+    """
+    wanted = [Edit.from_json({"prompt": edit.text, **edit.metadata}) for edit in edits]
+    before = [oracle.inspect(to_array(source)) for source, *_ in sources_of(edits)]
+
+    def ask(pictures, rows):
+        found = [
+            compare_readings(before[row], oracle.inspect(picture), wanted[row])
+            for picture, row in zip(pictures, rows, strict=True)
+        ]
         return {
-            "eval/oracle_fraction": float(fraction.mean()),
-            "eval/oracle_fraction_se": clustered_error(fraction, self.rows),
-            "eval/oracle_accuracy": float(accuracy.mean()),
-            "eval/oracle_accuracy_se": clustered_error(accuracy, self.rows),
+            "execution": np.array([one.execution for one in found]),
+            "preservation": np.array([one.preservation for one in found]),
+            "edit": np.array([one.score for one in found]),
+            "accuracy": np.array([one.accurate for one in found], float),
         }
+
+    return ask
 
 
 def clustered_error(values: np.ndarray, clusters: np.ndarray) -> float:

@@ -13,12 +13,14 @@ from absl import logging
 
 from firm_jax.critic import Critic, Judgement
 from firm_jax.critic.score import prompt_check
+from firm_jax.data.edits import EditRecord, load_edits
 from firm_jax.data.groups import EpochGroups, PromptGroups
-from firm_jax.data.prompts import load_prompts
+from firm_jax.data.prompts import PromptSplits, load_prompts
 from firm_jax.data.records import write_quarantine
 from firm_jax.embedded import embedded_path
-from firm_jax.errors import ConfigError, CriticError, FirmError, NonFiniteError, WeightsError
+from firm_jax.errors import ConfigError, CriticError, DataError, FirmError, NonFiniteError, WeightsError
 from firm_jax.generation import Generator, check_size
+from firm_jax.generation.generator import pipeline_class, read_model_index
 from firm_jax.generation.solvers import SOLVERS
 from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import to_host
@@ -28,8 +30,9 @@ from firm_jax.profiling import model_flops_utilisation
 from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
 from firm_jax.rl.evaluate import Evaluator
 from firm_jax.rl.nft import old_policy_decay
-from firm_jax.rl.rewards import resolve_reward
+from firm_jax.rl.rewards import Reward, resolve_reward
 from firm_jax.rl.rollout import (
+    OF_EDITS,
     RUBRICS,
     drawing_flops,
     failures,
@@ -38,6 +41,8 @@ from firm_jax.rl.rollout import (
     make_sampler,
     mean_or_none,
     scores,
+    shown_size,
+    shown_sources,
     write_judgements,
 )
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, optimizer_batches
@@ -52,6 +57,13 @@ POSITIVE = (
     "group.prompts_per_epoch lora.rank rollout.steps rollout.batch_size critic.batch_size critic.max_new_tokens "
     "train.micro_batch train.learning_rate train.beta train.adv_clip train.max_grad_norm "
     "eval.every eval.prompts eval.images_per_prompt eval.steps eval.batch_size"
+).split()
+
+# What only a config of an editing job has.
+EDITING = (
+    "prompts.image_folder "
+    "rollout.source_area rollout.condition_area rollout.crop_sources "
+    "eval.source_area eval.condition_area eval.crop_sources"
 ).split()
 
 
@@ -93,6 +105,34 @@ def check_config(config) -> None:
             raise ConfigError(f"{name} is {value!r}; it is one of: {', '.join(known)}")
 
 
+def check_editing(config, reward: Reward, edits: bool) -> None:
+    """ConfigError when the reward or the config is for editing and the pipeline is not, or the other way round."""
+    unfit = [criterion for criterion in reward.criteria if (criterion in OF_EDITS) != edits]
+    if unfit and edits:
+        raise ConfigError(
+            f"reward.name {reward.name!r} asks for {', '.join(unfit)} of pictures drawn from text alone, and "
+            f"{config.model} edits source images. Set reward.name to cme, as configs/edit_cme.py does, or model to a "
+            "text-to-image pipeline."
+        )
+    if unfit:
+        raise ConfigError(
+            f"reward.name {reward.name!r} asks for {', '.join(unfit)}, which compare a picture with its source image, "
+            f"and {config.model} draws from text alone. Set reward.name to qma, or model to an editing pipeline, as "
+            "configs/edit_cme.py does."
+        )
+    if not edits:
+        return
+    if missing := [name for name in EDITING if name.split(".")[1] not in config[name.split(".")[0]]]:
+        raise ConfigError(
+            f"{config.model} edits source images, and the config has no {', '.join(missing)}. Start from "
+            "configs/edit_cme.py."
+        )
+    for name in EDITING:
+        section, key = name.split(".")
+        if key.endswith("_area") and not config[section][key] > 0:
+            raise ConfigError(f"{name} is {config[section][key]}; it is a number of pixels, above 0")
+
+
 def find_weights(names: Mapping[str, str]) -> dict[str, Path]:
     """The local folder of every model; one WeightsError that tells of all that are missing."""
     folders, missing = {}, []
@@ -120,24 +160,43 @@ class Job:
         for section in (config.rollout, config.eval):
             check_size(self.folders["model"], section.height, section.width)
         self.reward_function = resolve_reward(config.reward.name, config.reward.weights)
-        self.prompts = load_prompts(
-            embedded_path(config.prompts.train) or config.prompts.train,
-            held_out_source=config.prompts.held_out
-            and (embedded_path(config.prompts.held_out) or config.prompts.held_out),
-            max_bad_fraction=config.prompts.max_bad_fraction,
-            check=self._prompt_check(),
-        )
+        self.pipeline = pipeline_class(read_model_index(self.folders["model"]))
+        check_editing(config, self.reward_function, self.pipeline.edits)
+        self.prompts = self._read_prompts()
         self.groups = PromptGroups(self.prompts.train, seed=config.seed, **config.group)
         self.keys = [jax.random.fold_in(jax.random.key(config.seed), purpose) for purpose in range(4)]
         self.lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
         self.skipped = 0
 
+    def _read_prompts(self) -> PromptSplits:
+        """The prompts, or for a pipeline that edits the instructions with their source images."""
+        prompts = self.config.prompts
+        given = {
+            "held_out_source": prompts.held_out and (embedded_path(prompts.held_out) or prompts.held_out),
+            "max_bad_fraction": prompts.max_bad_fraction,
+            "check": self._prompt_check(),
+        }
+        source = embedded_path(prompts.train) or prompts.train
+        if not self.pipeline.edits:
+            return load_prompts(source, **given)
+        return load_edits(source, max_images=self.pipeline.max_images, image_folder=prompts.image_folder, **given)
+
     def _prompt_check(self):
         """What `load_prompts` asks about every prompt: whether the critic can be asked about its images."""
-        critic, folder = self.config.critic, self.folders["critic.model"]
+        critic, folder, drawn = (
+            self.config.critic,
+            self.folders["critic.model"],
+            (self.config.rollout, self.config.eval),
+        )
         criteria = [RUBRICS[criterion] for criterion in self.reward_function.criteria]
-        sizes = {(section.height, section.width) for section in (self.config.rollout, self.config.eval)}
-        return prompt_check(folder, critic.rubrics, criteria, sizes, critic.max_new_tokens)
+        sizes = {(section.height, section.width) for section in drawn}
+
+        def sources(record: EditRecord):
+            largest = max(drawn, key=lambda section: section.source_area)
+            return [shown_size(image.height, image.width, largest) for image in record.images]
+
+        given = {"sources": sources} if self.pipeline.edits else {}
+        return prompt_check(folder, critic.rubrics, criteria, sizes, critic.max_new_tokens, **given)
 
     def begin(self, run: Run) -> tuple[dict, int]:
         """The state to start or to continue from, and how many epochs are done. Evaluates a policy not yet trained."""
@@ -184,10 +243,19 @@ class Job:
         self.run.hold(state, data, step=self._step, epoch=data["groups"]["epoch"])
         group = next(self.groups)
         self.drawn_for = [group.prompts[row] for row in group.group_ids]
+        self.sources = self._open_sources(group)
         self.conditioning = self.generator.encode_prompts(
             [prompt.text for prompt in group.prompts], self.config.rollout.max_text_tokens
         )
         return group
+
+    def _open_sources(self, group: EpochGroups) -> list[list[np.ndarray]]:
+        """What the critic is shown before each of the epoch's images. Stops the run, saved, when a file has changed."""
+        try:
+            sources = shown_sources(group.prompts, self.config.rollout)
+        except DataError as error:
+            self._stop(group, DataError, str(error))
+        return [sources[row] for row in group.group_ids]
 
     def sample(self, old, group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
         """Final latents [M, h, w, C] and images [M, H, W, 3] of the old policy, on the host."""
@@ -207,7 +275,7 @@ class Job:
         """The critic's judgements of the epoch's images, by criterion of the reward."""
         critic, criteria = self.config.critic, self.reward_function.criteria
         with self.run.timer("critic"):
-            return judge(self.critic, images, self.drawn_for, criteria, critic, self._bar("critic"))
+            return judge(self.critic, images, self.drawn_for, self.sources, criteria, critic, self._bar("critic"))
 
     def reward(self, judged: dict[str, list], group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
         """Rewards [M] and which of them exist. Stops the run, saved, when the critic fails too often."""

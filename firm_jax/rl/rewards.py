@@ -165,7 +165,10 @@ def resolve_reward(name: str, weights: Mapping[str, float] | None = None) -> Rew
     criteria, options = _signature(name, function)
     unknown = sorted(set(weights) - set(options))
     if unknown:
-        raise ConfigError(f"reward {name!r} does not take the weights {unknown}; it takes {list(options) or 'none'}.")
+        raise ConfigError(
+            f"reward {name!r} does not take the weights {unknown}; it takes {list(options) or 'none'}. Another reward "
+            'comes with weights of its own: --config.reward.weights="{}" leaves them at their defaults.'
+        )
     return Reward(name, criteria, lambda **scores: function(**scores, **weights))
 
 

@@ -1,12 +1,15 @@
 """Drawing and judging the images of an epoch."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from PIL import Image, ImageOps
 
 from firm_jax.critic import Critic, Judgement
+from firm_jax.data.edits import EditRecord
 from firm_jax.data.images import from_array
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.generation import Generator, initial_noise
@@ -16,7 +19,14 @@ from firm_jax.rl.rewards import normalise
 from firm_jax.run import Run
 
 # What the reward calls a criterion -> the rubric that asks the critic for it.
-RUBRICS = {"instruction": "alignment", "quality": "quality"}
+RUBRICS = {
+    "instruction": "alignment",
+    "quality": "quality",
+    "execution": "edit_execution",
+    "consistency": "edit_consistency",
+}
+# The criteria that compare a picture with the one it was made from.
+OF_EDITS = ("execution", "consistency")
 
 
 def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter) -> Callable:
@@ -90,25 +100,77 @@ def _finite(arrays: np.ndarray) -> np.ndarray:
     return np.isfinite(arrays.reshape(len(arrays), -1)).all(axis=1)
 
 
+def sources_of(records: Sequence[PromptRecord]) -> list[list[Image.Image]] | None:
+    """The source images of edits, opened, a list for each record; None for prompts, which have none.
+
+    Equal images are one object. Raises DataError for one that is gone or has changed since the run began.
+    """
+    if not isinstance(records[0], EditRecord):
+        return None
+    distinct = {image.sha256: image for record in records for image in record.images}
+    opened = {digest: image.open() for digest, image in distinct.items()}
+    return [[opened[image.sha256] for image in record.images] for record in records]
+
+
+def shown_sources(records: Sequence[PromptRecord], settings) -> list[list[np.ndarray]]:
+    """The source images of each record as the critic is shown them, uint8 [H, W, 3]; none for prompts.
+
+    Cropped where the generator crops them, and no larger than it sees them: the critic is not to miss what the
+    generator was never given. settings: as for `shown_size`. Equal images are one object, of which the critic makes
+    features once. Raises DataError as `sources_of`.
+    """
+    opened = sources_of(records)
+    if opened is None:
+        return [[] for _ in records]
+    distinct = {id(image): image for images in opened for image in images}
+    shown = {key: _shown(image, settings) for key, image in distinct.items()}
+    return [[shown[id(image)] for image in images] for images in opened]
+
+
+def _shown(image: Image.Image, settings) -> np.ndarray:
+    height, width = shown_size(image.height, image.width, settings)
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def shown_size(height: int, width: int, settings) -> tuple[int, int]:
+    """The (height, width) at which the critic is shown a source image of `height` and `width`.
+
+    settings: source_area (pixels), crop_sources, and the height and width of the edited picture, whose proportions a
+    cropped source has.
+    """
+    if settings.crop_sources:
+        scale = min(height / settings.height, width / settings.width)
+        height, width = settings.height * scale, settings.width * scale
+    scale = min(1, math.sqrt(settings.source_area / (height * width)))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def judge(
     critic: Critic,
     images: np.ndarray,
     prompts: Sequence[PromptRecord],
+    sources: Sequence[Sequence[np.ndarray]],
     criteria: Sequence[str],
     settings,
     progress: Callable = iter,
 ) -> dict[str, list[Judgement]]:
     """The critic's judgements of M images: criterion of the reward -> [M].
 
-    All are asked for at once, so that the critic encodes every image once. An image that is not finite is not shown to
-    it: its judgement is missing, with the status "image_not_finite".
+    All are asked for at once, so that the critic encodes every image once, and of several images the sources come
+    first, so that the questions about a group begin alike. sources: [M] the source images of each (`shown_sources`).
+    An image that is not finite is not shown to the critic: its judgement is missing, with the status
+    "image_not_finite".
     """
     shown = _finite(images)
-    pictures = [(from_array(image), p) for image, p, ok in zip(images, prompts, shown, strict=True) if ok]
+    pictures = [
+        ([*before, from_array(image)], p)
+        for image, p, before, ok in zip(images, prompts, sources, shown, strict=True)
+        if ok
+    ]
     requests = [
-        {"images": [picture], "prompt": p.text, "requirement": p.requirement, "criterion": RUBRICS[criterion]}
+        {"images": pair, "prompt": p.text, "requirement": p.requirement, "criterion": RUBRICS[criterion]}
         for criterion in criteria
-        for picture, p in pictures
+        for pair, p in pictures
     ]
     judgements = iter(critic.judge(requests, max_new_tokens=settings.max_new_tokens, progress=progress))
     return {
@@ -169,12 +231,17 @@ def mean_or_none(values: np.ndarray) -> float | None:
 def write_judgements(
     run: Run, epoch: int, prompts: Sequence[PromptRecord], judged: dict[str, list[Judgement]], rewards: np.ndarray
 ) -> None:
-    """One record for each judged image and criterion into judgements.jsonl."""
+    """One record for each judged image and criterion into judgements.jsonl; an edit's names its source images."""
+
+    def asked(record: PromptRecord) -> dict:
+        sources = {"sources": [image.name for image in record.images]} if isinstance(record, EditRecord) else {}
+        return {"prompt": record.text} | sources
+
     run.judgements(
         {
             "epoch": epoch,
             "image": index,
-            "prompt": prompts[index].text,
+            **asked(prompts[index]),
             "criterion": criterion,
             "score": judgement.score,
             "expected": judgement.expected,
