@@ -1,7 +1,7 @@
-"""The jobs that train the miniature: `:autoencoder`, `:autoencoder_kl`, `:generator`; `:critic_vision`, `:critic_gen`,
-`:critic_edit`.
+"""The jobs that train the miniature: `:autoencoder`, `:autoencoder_kl`, `:generator`; `:critic_vision`, `:critic_gen`;
+for editing `:edit_autoencoder`, `:edit_generator`; `:critic_edit`.
 
-Each starts from the folder that the one before it left, and the last also sees the generator's pictures.
+Each starts from the folder that the one before it left, and the critics also see the generator's pictures.
 Each is meant for two CPU cores and can be interrupted and continued.
 """
 
@@ -36,12 +36,34 @@ def autoencoder() -> ConfigDict:
     config.eval.images = 256
     config.kl_weight = 1e-4
     config.init = config_dict.placeholder(str)
+    config.vae_class = "AutoencoderKL"
     config.vae = {
         "block_out_channels": (32, 32, 64, 64),
         "layers_per_block": 1,
         "latent_channels": 16,
         "norm_num_groups": 8,
         "sample_size": 64,
+        "force_upcast": False,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    }
+    return config
+
+
+def edit_autoencoder() -> ConfigDict:
+    """AutoencoderKLQwenImage, of the same sizes; its second stage is `:autoencoder_kl` with `--config.init`."""
+    config = autoencoder()
+    config.vae_class = "AutoencoderKLQwenImage"
+    config.vae = {
+        "base_dim": 24,
+        "z_dim": 16,
+        "dim_mult": (1, 1, 2, 2),
+        "num_res_blocks": 1,
+        "temperal_downsample": (False, True, True),
+        "latents_mean": (0.0,) * 16,
+        "latents_std": (1.0,) * 16,
     }
     return config
 
@@ -92,6 +114,59 @@ def generator() -> ConfigDict:
     return config
 
 
+def edit_generator() -> ConfigDict:
+    """A Qwen-Image-Edit-Plus pipeline, trained at last on edits that are often wrong and careless."""
+    config = _job("edit_matching")
+    config.train.update({"epochs": 12, "steps_per_epoch": 500, "batch_size": 64, "learning_rate": 2e-3})
+    config.train.update({"tasks": 24_576, "caption_readout": 0.1, "picture_readout": 0.3})
+    config.train.update({"untouched": 0.1, "wrong": 0.5, "careless": 0.3, "wrong_epochs": 4})
+    config.eval.update({"every": 2, "sources": 80, "steps": 6})
+    config.samples = 3072
+    config.vae = "embedded:qwen_image_edit/vae"  # or the folder that the autoencoder job left
+    config.shift = 2.0
+    config.scheduler = {
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 16,  # 64 x 64 pixels; their exponent is that of a shift of 2
+        "base_shift": 0.6931,
+        "max_image_seq_len": 64,
+        "max_shift": 1.0,
+        "shift_terminal": 0.02,
+    }
+    config.sample_size, config.text_tokens = 64, 38
+    config.vocab_size, config.texts = 600, 400
+    config.text = {
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": (4, 4, 4)},
+    }
+    config.vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 32,
+        "fullatt_block_indexes": (1,),
+    }
+    config.transformer = {
+        "num_layers": 4,
+        "num_attention_heads": 3,
+        "attention_head_dim": 32,
+        "axes_dims_rope": (4, 14, 14),
+        "patch_size": 2,
+    }
+    return config
+
+
 def critic_gen() -> ConfigDict:
     """A Qwen3-VL critic of generated pictures, trained on the oracle's answers from random weights."""
     config = _job("critic_sft")
@@ -106,6 +181,7 @@ def critic_gen() -> ConfigDict:
     config.data.update({"samples": config_dict.placeholder(str), "samples_share": 0.3})
     config.eval.update({"every": 6, "examples": 256, "batch_size": 128, "max_new_tokens": 128})
     config.miniature = {
+        "base": config_dict.placeholder(str),  # a critic of these sizes whose weights it starts with
         "vocab_size": 800,
         "texts": 600,
         "min_pixels": 64 * 64,
@@ -143,9 +219,10 @@ def critic_gen() -> ConfigDict:
 
 
 def critic_edit() -> ConfigDict:
-    """A Qwen3-VL critic of edited pictures; as for generation, from the folder that `:critic_vision` leaves."""
+    """A Qwen3-VL critic of edited pictures, from the shipped critic of generated ones, which can see already."""
     config = critic_gen()
     config.data.source = "shapes_edits"
+    config.miniature.base = "embedded:critic_gen"
     config.train.lengths = (176, 192, 224)  # of a quarter, of half and of all examples, in tokens
     return config
 
@@ -163,8 +240,10 @@ def critic_vision() -> ConfigDict:
 
 VARIANTS = {
     "autoencoder": autoencoder,
+    "edit_autoencoder": edit_autoencoder,
     "autoencoder_kl": autoencoder_kl,
     "generator": generator,
+    "edit_generator": edit_generator,
     "critic_vision": critic_vision,
     "critic_gen": critic_gen,
     "critic_edit": critic_edit,

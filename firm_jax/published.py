@@ -121,13 +121,6 @@ _SD3_PARTS = {
     "text_encoder_3": _T5_XXL,
 }
 
-# Hugging Face id -> the content of each part's JSON file, by the part's folder.
-PIPELINES: Mapping[str, Mapping[str, Mapping]] = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3_PARTS | {"transformer": _SD3_MEDIUM},
-    "stabilityai/stable-diffusion-3.5-medium": _SD3_PARTS | {"transformer": _SD35_MEDIUM},
-    "stabilityai/stable-diffusion-3.5-large": _SD3_PARTS | {"transformer": _SD35_LARGE},
-}
-
 _QWEN_IMAGE = {
     "_class_name": "QwenImageTransformer2DModel",
     "_diffusers_version": "0.34.0.dev0",
@@ -228,15 +221,54 @@ _QWEN2_5_VL_7B = {
     "vision_token_id": 151654,
 }
 # What the pipelines share, as they share the files.
-_QWEN_IMAGE_PARTS = {"vae": _QWEN_IMAGE_VAE, "text_encoder": _QWEN2_5_VL_7B}
+_QWEN_IMAGE_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+_QWEN2_5_VL_IMAGES = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_QWEN_IMAGE_PARTS = {
+    "model_index": {"_class_name": "QwenImagePipeline"},
+    "scheduler": _QWEN_IMAGE_SCHEDULER,
+    "vae": _QWEN_IMAGE_VAE,
+    "text_encoder": _QWEN2_5_VL_7B,
+    "transformer": _QWEN_IMAGE,
+}
+_QWEN_EDIT_PARTS = _QWEN_IMAGE_PARTS | {
+    "model_index": {"_class_name": "QwenImageEditPlusPipeline"},
+    "processor": _QWEN2_5_VL_IMAGES,
+}
 
-# As PIPELINES, the networks of Qwen-Image and Qwen-Image-Edit.
-QWEN_IMAGE: Mapping[str, Mapping[str, Mapping]] = {
+# Hugging Face id -> the content of each part's JSON file, by the part's folder.
+PIPELINES: Mapping[str, Mapping[str, Mapping]] = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3_PARTS | {"transformer": _SD3_MEDIUM},
+    "stabilityai/stable-diffusion-3.5-medium": _SD3_PARTS | {"transformer": _SD35_MEDIUM},
+    "stabilityai/stable-diffusion-3.5-large": _SD3_PARTS | {"transformer": _SD35_LARGE},
     "Qwen/Qwen-Image": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE | {"pooled_projection_dim": 768}},
-    "Qwen/Qwen-Image-2512": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE},
-    "Qwen/Qwen-Image-Edit": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE},
-    "Qwen/Qwen-Image-Edit-2509": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE},
-    "Qwen/Qwen-Image-Edit-2511": _QWEN_IMAGE_PARTS | {"transformer": _QWEN_IMAGE | {"zero_cond_t": True}},
+    "Qwen/Qwen-Image-2512": _QWEN_IMAGE_PARTS,
+    "Qwen/Qwen-Image-Edit": _QWEN_EDIT_PARTS | {"model_index": {"_class_name": "QwenImageEditPipeline"}},
+    "Qwen/Qwen-Image-Edit-2509": _QWEN_EDIT_PARTS,
+    "Qwen/Qwen-Image-Edit-2511": _QWEN_EDIT_PARTS | {"transformer": _QWEN_IMAGE | {"zero_cond_t": True}},
 }
 
 _SMALL_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -312,6 +344,7 @@ QWEN3_VL_DIGITS = (16, 17, 18, 19, 20)  # 1 to 5
 
 CRITICS: Mapping[str, Mapping] = {
     "VisionXLab/FIRM-Gen-8B": QWEN3_VL["8B"],
+    "VisionXLab/FIRM-Edit-8B": QWEN3_VL["8B"],
     **{f"Qwen/Qwen3-VL-{size}-Instruct": raw for size, raw in QWEN3_VL.items()},
 }
 

@@ -4,19 +4,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from firm_jax.critic import Judgement
+from firm_jax.generation import Generator
 from firm_jax.mesh import replicate
 
 
 class FlatGenerator:
     """Draws pictures of 2 x 2 pixels: the prompt's length, the noise and the adapter decide their brightness."""
 
-    params, vae_params = np.float32(1), np.float32(0.03)
+    params, vae_params, edits = np.float32(1), np.float32(0.03), False
+    take = staticmethod(Generator.take)
 
     def __init__(self, mesh=None):
         self.mesh, self.programs, self.guided = mesh, 0, None
 
-    def encode_prompts(self, prompts, max_text_tokens):
-        return replicate(np.array([[len(prompt)] for prompt in prompts], np.float32), self.mesh)
+    def condition(self, prompts, settings, images=None, sizes=None):
+        lengths = np.array([[len(prompt)] for prompt in prompts], np.float32)
+        return replicate((lengths, lengths[:1] * 0 if settings.guidance > 1 else None), self.mesh)
 
     def latent_shape(self, height, width):
         return height, width, 3

@@ -48,11 +48,8 @@ def painter(pictures):
     """A generator that paints picture n for the n-th of the edits."""
 
     class Painter(FlatGenerator):
-        def encode_prompts(self, prompts, max_text_tokens):
-            return np.arange(len(prompts), dtype=np.float32)[:, None]
-
         def condition(self, prompts, settings, images=None, sizes=None):
-            return self.encode_prompts(prompts, settings.max_text_tokens), None
+            return np.arange(len(prompts), dtype=np.float32)[:, None], None
 
         def rollout(self, params, lora, noise, sigmas, conditioning, **_):
             return conditioning[:, None, None] + jnp.zeros_like(noise)

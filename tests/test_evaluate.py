@@ -125,8 +125,8 @@ def test_the_oracle_reads_the_pixels(monkeypatch):
     class Painter(FlatGenerator):
         """Paints the scene that belongs to the prompt's place in the list."""
 
-        def encode_prompts(self, prompts, max_text_tokens):
-            return np.arange(len(prompts), dtype=np.float32)[:, None]
+        def condition(self, prompts, settings, images=None, sizes=None):
+            return np.arange(len(prompts), dtype=np.float32)[:, None], None
 
         def rollout(self, params, lora, noise, sigmas, conditioning, **_):
             return conditioning[:, None, None] + jnp.zeros_like(noise)

@@ -13,13 +13,12 @@ from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.lora import LoraConfig, init_lora
 from firm_jax.models.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
-from firm_jax.models.qwen_image import QwenImageConfig, QwenImageTransformer
+from firm_jax.models.qwen_image import QwenImageConfig, QwenImageTransformer, Sources
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
 from firm_jax.models.t5 import T5Config, T5Encoder
 from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from firm_jax.models.vae_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
-from firm_jax.published import QWEN3_VL
-from firm_jax.published import QWEN_IMAGE as QWEN_IMAGE_PIPELINES
+from firm_jax.published import PIPELINES, QWEN3_VL
 
 SD3 = SD3Config(
     num_layers=3,
@@ -95,9 +94,11 @@ def qwen_image_call():
     graphdef, params = nnx.split(abstract(QwenImageTransformer, QWEN_IMAGE))
 
     def velocity(params, lora, x, source, timestep, context):
-        return nnx.merge(graphdef, params)(x, timestep, context, sources=(source,), lora=lora)
+        places, seen, start = jnp.zeros((1, 140, 3), jnp.int32), jnp.ones((1, 140), jnp.int32), jnp.zeros(1, jnp.int32)
+        sources = Sources(source, places, seen, start)
+        return nnx.merge(graphdef, params)(x, timestep, context, sources=sources, lora=lora)
 
-    given = shapes(1, 36, 48, 4), shapes(1, 28, 20, 4), shapes(1), shapes(1, 40, 96)
+    given = shapes(1, 36, 48, 4), shapes(1, 14 * 10, 16), shapes(1), shapes(1, 40, 96)
     return velocity, params, given, (18 * 24 + 14 * 10, 40)
 
 
@@ -200,7 +201,7 @@ def test_qwen3_vl_vision():
 
 
 def qwen2_5_vl() -> Qwen2_5VLConfig:
-    raw = QWEN_IMAGE_PIPELINES["Qwen/Qwen-Image-Edit"]["text_encoder"]
+    raw = PIPELINES["Qwen/Qwen-Image-Edit"]["text_encoder"]
     text = raw["text_config"] | {
         "hidden_size": 256,
         "intermediate_size": 512,

@@ -274,6 +274,6 @@ def test_a_plan_compiles_every_program_and_says_whether_they_fit(world, four_dev
     ]
     assert said.splitlines()[-1].startswith("v5e:2x2 fits: 0.")
     monkeypatch.setitem(topology.GENERATIONS, "v5e", topology.Generation(axes=2, largest=16, hbm=100_000))
-    monkeypatch.setattr(RLPrograms, "programs", lambda self: [self._encode()])
+    monkeypatch.setattr(RLPrograms, "programs", lambda self: self.encoding["rollout"].programs)
     assert not plan(world, "v5e:2x2", RLPrograms)
     assert "does not fit" in capsys.readouterr().out

@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 from critic_miniature import picture, write_miniature
 
-from firm_jax.critic.processing import (
-    ImageConfig,
-    Processor,
-    bucket,
-    collate,
-    image_table,
-    patch_image,
-    power_of_two,
-    smart_resize,
-    to_pixels,
-)
+from firm_jax.critic.processing import Processor, collate, image_table
+from firm_jax.data.patches import ImageConfig, bucket, patch_image, power_of_two, smart_resize, to_pixels
 from firm_jax.errors import ConfigError, DataError, WeightsError
 from firm_jax.models.qwen_text import rope_positions
 

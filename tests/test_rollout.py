@@ -27,8 +27,8 @@ def sampler(generator, **changed):
 
 
 def draw(generator, rows=ROWS, numbers=NUMBERS, lora=ZERO, **changed):
-    conditioning = generator.encode_prompts(PROMPTS, 4)
-    return sampler(generator, **changed)(lora, conditioning, rows, numbers, KEY)
+    conditioned = generator.condition(PROMPTS, SimpleNamespace(**SETTINGS | changed))
+    return sampler(generator, **changed)(lora, conditioned, rows, numbers, KEY)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def test_eight_devices_draw_the_images_of_one(drawn, batch_size):
 
 def test_all_policies_are_one_program(drawn):
     generator = FlatGenerator()
-    sample, conditioning = sampler(generator, batch_size=2), generator.encode_prompts(PROMPTS, 4)
+    sample, conditioned = sampler(generator, batch_size=2), generator.condition(PROMPTS, SimpleNamespace(**SETTINGS))
     policies = [{"shift": np.float32(shift)} for shift in (0, 1, 2)]
-    zero, one, _ = (sample(policy, conditioning, ROWS, NUMBERS, KEY)[0] for policy in policies)
+    zero, one, _ = (sample(policy, conditioned, ROWS, NUMBERS, KEY)[0] for policy in policies)
     assert generator.programs == 1
     np.testing.assert_allclose(one, zero + 1, rtol=1e-5, atol=1e-6)
 

@@ -15,10 +15,10 @@ transformers = pytest.importorskip("transformers")
 
 from firm_jax.interop.mapping import SAME_NAMES, tensors  # noqa: E402
 from firm_jax.models import abstract, network_class  # noqa: E402
-from firm_jax.published import PIPELINES, QWEN3_VL, QWEN_IMAGE  # noqa: E402
+from firm_jax.published import PIPELINES, QWEN3_VL  # noqa: E402
 
 SD35 = PIPELINES["stabilityai/stable-diffusion-3.5-medium"]
-EDIT = QWEN_IMAGE["Qwen/Qwen-Image-Edit-2509"]
+EDIT = PIPELINES["Qwen/Qwen-Image-Edit-2509"]
 
 PUBLISHED = {  # name -> (config.json, parameters)
     "sd3_medium": (PIPELINES["stabilityai/stable-diffusion-3-medium-diffusers"]["transformer"], 2_084_951_104),
@@ -28,7 +28,11 @@ PUBLISHED = {  # name -> (config.json, parameters)
     "clip_l": (SD35["text_encoder"], 123_650_304),
     "clip_bigg": (SD35["text_encoder_2"], 694_659_840),
     "t5_xxl": (SD35["text_encoder_3"], 4_762_310_656),
-    **{name.split("/")[1]: (parts["transformer"], 20_430_401_088) for name, parts in QWEN_IMAGE.items()},
+    **{
+        name.split("/")[1]: (parts["transformer"], 20_430_401_088)
+        for name, parts in PIPELINES.items()
+        if name.startswith("Qwen/")
+    },
     "qwen_image_vae": (EDIT["vae"], 126_892_531),
     "qwen2_5_vl_7b": (EDIT["text_encoder"], 8_292_166_656),
     "qwen3_vl_2b": (QWEN3_VL["2B"], 2_127_532_032),

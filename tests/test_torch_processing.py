@@ -7,8 +7,8 @@ torch = pytest.importorskip("torch")
 from critic_miniature import picture, write_miniature  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize  # noqa: E402
 
-from firm_jax.critic import processing  # noqa: E402
 from firm_jax.critic.processing import Processor  # noqa: E402
+from firm_jax.data import patches  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_resize_table():
     for height, width in np.exp(rng.uniform(3, 8.5, (2000, 2))).astype(int).tolist():
         if max(height, width) <= 200 * min(height, width):
             limits = {"factor": 32, "min_pixels": 65536, "max_pixels": 2_000_000}
-            assert processing.smart_resize(height, width, **limits) == smart_resize(height, width, **limits)
+            assert patches.smart_resize(height, width, **limits) == smart_resize(height, width, **limits)
 
 
 @pytest.mark.parametrize("size", [(37, 22), (16, 16), (90, 41), (200, 3), (64, 64)])
@@ -29,7 +29,7 @@ def test_resize_table():
 def test_patches(folder, size, mode):
     image = picture(sum(size), *size).convert(mode)
     expected = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image])
-    found = processing.patch_image(image, Processor(folder).images)
+    found = patches.patch_image(image, Processor(folder).images)
     np.testing.assert_array_equal(found.patches, expected["pixel_values"])
     assert [1, *found.grid] == expected["image_grid_thw"][0].tolist()
 

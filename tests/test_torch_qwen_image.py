@@ -10,11 +10,12 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
+from qwen_image_sources import packed  # noqa: E402
 from torch_parity import assert_same_files, randomise, relative_error  # noqa: E402
 
 from firm_jax.mesh import make_mesh, shard_batch  # noqa: E402
 from firm_jax.models import from_pretrained, lora, save_pretrained  # noqa: E402
-from firm_jax.models.qwen_image import rotary_angles  # noqa: E402
+from firm_jax.models.qwen_image import rotary_angles, token_places  # noqa: E402
 from firm_jax.sharding import shardings  # noqa: E402
 
 TINY = dict(
@@ -58,9 +59,11 @@ def edit(tmp_path_factory):
     return build(VARIANTS["edit_2511"], folder), folder
 
 
-@nnx.jit
-def forward(model, x, timestep, context, mask, sources):
-    return model(x, timestep, context, mask, sources=sources)
+def forward(model, x, timestep, context, mask, sources, padding=0):
+    sources = packed(sources, model.config.patch_size, padding)
+    return nnx.jit(lambda model, *given: model(*given[:-1], sources=given[-1]))(
+        model, x, timestep, context, mask, sources
+    )
 
 
 def inputs(config, sources: int = 2, batch: int = 3, tokens: int = 7):
@@ -133,12 +136,28 @@ def test_what_stands_behind_a_text_changes_nothing(edit):
     assert relative_error(shorter, expected[:1]) < 1e-5
 
 
+def test_samples_with_unlike_sources_share_a_batch(edit):
+    """Each as it is drawn alone: one with two sources, one with another single one, padded to one length."""
+    _, folder = edit
+    model = from_pretrained(folder)
+    x, timestep, context, mask, (first, second) = inputs(model.config, batch=2)
+    pair, single = packed((first, second), padding=3), packed((second[:, :2],), padding=25)
+    both = jax.tree.map(lambda a, b: np.concatenate([a[:1], b[1:]]), pair, single)
+    velocity = nnx.jit(lambda model, *given: model(*given[:-1], sources=given[-1]))
+    got = velocity(model, x, timestep, context, mask, both)
+    for row, alone in ((0, (first, second)), (1, (second[:, :2],))):
+        given = (x, timestep, context, mask, alone)
+        one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], given)
+        assert relative_error(got[row : row + 1], forward(model, *one)) < 1e-5
+
+
 @pytest.mark.parametrize("grids", [[(5, 3)], [(4, 4), (3, 7), (9, 2)]])
 def test_rotary_angles_equal_diffusers(grids):
     rope = diffusers.models.transformers.transformer_qwenimage.QwenEmbedRope(10_000, [4, 6, 8], scale_rope=True)
     image, text = rope([[(1, *grid) for grid in grids]], max_txt_seq_len=11)
     expected = torch.cat([image, text])
-    angles = rotary_angles(grids, 11, (4, 6, 8))
+    latents = [np.zeros((1, *grid, 4), np.float32) for grid in grids[1:]]
+    angles = rotary_angles(token_places(grids[0], packed(latents, 1), 11), (4, 6, 8))[0]
     np.testing.assert_allclose(np.cos(angles), expected.real, atol=1e-6)
     np.testing.assert_allclose(np.sin(angles), expected.imag, atol=1e-6)
 
@@ -207,7 +226,7 @@ def test_lora_and_its_gradient_equal_peft(tmp_path):
     def loss(tree):
         # Recomputing every layer in the backward pass must not change a number either.
         adapters = lora.scaled(tree, config.scale)
-        velocity = nnx.merge(graphdef, params)(*given[:-1], sources=given[-1], lora=adapters, remat="full")
+        velocity = nnx.merge(graphdef, params)(*given[:-1], sources=packed(given[-1]), lora=adapters, remat="full")
         return jnp.square(velocity - target).mean(), velocity
 
     grads, velocity = jax.jit(jax.grad(loss, has_aux=True))(tree)
@@ -236,7 +255,7 @@ def test_eight_devices_equal_one(edit):
         tree = jax.device_put(tree, lora.lora_shardings(tree, model.sharding_rules, mesh))
         got = jax.jit(
             lambda params, given, tree: nnx.merge(graphdef, params)(*given[:-1], sources=given[-1], lora=tree)
-        )(params, shard_batch(given, mesh), tree)
+        )(params, shard_batch((*given[:-1], packed(given[-1])), mesh), tree)
         assert got.sharding.spec[0] == ("data", "fsdp")
     assert relative_error(got, expected) < 1e-5
 

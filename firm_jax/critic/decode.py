@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from firm_jax.critic.processing import Sequence, collate, image_table, padded, power_of_two
+from firm_jax.critic.processing import Sequence, collate, image_table
+from firm_jax.data.patches import padded, power_of_two
 from firm_jax.mesh import BATCH_AXES, batch_size, shard_batch, to_host
 from firm_jax.models.layers import zeros_beside
 

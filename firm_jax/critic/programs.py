@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 from firm_jax import models
 from firm_jax.abstract import batch, outputs
 from firm_jax.critic.decode import CHUNK, Decoder, TokenRules, decode_chunk, embed, encode_images, keep_rows, prefill
-from firm_jax.critic.processing import ImageConfig, Processor, padded, smart_resize
+from firm_jax.critic.processing import Processor
 from firm_jax.critic.rubric import FOLDER, rubrics_from
 from firm_jax.critic.score import banned_tokens, end_tokens, served_rubrics
+from firm_jax.data.patches import ImageConfig, padded, smart_resize
 from firm_jax.interop.hub import find_local
 from firm_jax.plan import Program
 from firm_jax.published import CRITICS, QWEN3_VL_DIGITS, QWEN3_VL_ENDS, QWEN3_VL_IMAGES, published

@@ -328,7 +328,9 @@ def base_folder(config, run: Run, examples) -> Path:
     if run.is_main:
         shown = range(min(config.miniature.texts, len(examples)))
         texts = [text for i in shown for text in (examples[i].prompt, examples[i].answer)]
-        write_critic_folder(folder, texts, config.miniature.to_dict(), seed=config.seed)
+        miniature = config.miniature.to_dict()
+        base = miniature.pop("base")
+        write_critic_folder(folder, texts, miniature, seed=config.seed, base=resolve(base) if base else None)
     return folder
 
 

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,12 @@ from firm_jax.mesh import batch_size, on_mesh, shard_batch, to_host
 from firm_jax.models.layers import repeat_batch, reshape, take_rows
 
 # Pipeline class in model_index.json -> module of this package, class
-PIPELINES = {"StableDiffusion3Pipeline": ("sd3", "SD3Generator")}
+PIPELINES = {
+    "StableDiffusion3Pipeline": ("sd3", "SD3Generator"),
+    "QwenImagePipeline": ("qwen_image", "QwenImageGenerator"),
+    "QwenImageEditPipeline": ("qwen_image", "QwenImageEditGenerator"),
+    "QwenImageEditPlusPipeline": ("qwen_image", "QwenImageEditPlusGenerator"),
+}
 
 # That one device decodes at a time: four images of 512 x 512, whose activations take 5 GiB on a TPU.
 DECODED_PIXELS = 2**20
@@ -30,10 +36,12 @@ class Generator:
     `params` and `vae_params` are the weights as pytrees: they, and everything that changes, are arguments of the pure
     functions, so that a caller can jit them into a program of its own. Latents are [B, h, w, C] there, in the
     transformer's units; `lora` is a tree of adapters with its strength folded in (models/lora.py), or None. A
-    subclass for each family of pipelines gives `encode_prompts`, `velocity`, `decode`, `latent_shape`, `check_size`
-    and `sigmas`.
+    subclass for each family of pipelines gives `condition`, `velocity`, `decode`, `latent_shape`, `check_size` and
+    `sigmas`. `edits`: whether it takes source images, `max_images` of them for each prompt.
     """
 
+    edits: bool = False
+    max_images: int = 0
     params: object
     vae_params: object
     edits = False  # whether it changes source images, or draws from text alone
@@ -70,19 +78,26 @@ class Generator:
         max_text_tokens: int | None = None,
         source_area: int | None = None,
         condition_area: int | None = None,
+        crop_sources: bool = False,
     ) -> Float[np.ndarray, "B H W 3"]:
         """One image a prompt, float32 in [0, 1].
 
         Args:
             prompts: B texts; B times the same one gives B different images.
-            images: source images, for editing pipelines only, as are `source_area` and `condition_area` (pixels).
+            images: of editing pipelines, for each prompt its source image or the list of them (Pillow images, or
+                arrays [H, W, 3], uint8 or float in [0, 1]).
             steps: network evaluations (two forward passes each with guidance).
             guidance: strength of classifier-free guidance against the empty prompt; at 1 and below there is none.
+                Qwen-Image's keeps the velocity's norm ("true CFG").
             solver: "euler", "dpm2" or "sde".
             seed: of the initial noise and of the "sde" solver; image i depends on (seed, i) alone.
             noise: the initial latents, as diffusers lays them out, in the place of the seed's.
             height, width: of the images, in pixels.
-            max_text_tokens: length of the long text encoder's input, by default 256 (T5).
+            max_text_tokens: where the text is cut for T5 (by default 256) or Qwen2.5-VL (by default 512, for edits
+                1024, source images not counted).
+            source_area, condition_area: pixels that source images have, about, when they are shown to the transformer
+                and to the text encoder; by default those of the published pipeline.
+            crop_sources: cut source images about their centres to the aspect ratio of the new image.
 
         Raises:
             ConfigError: for an unsupported size, no prompts, source images where the pipeline takes none, noise of
@@ -93,8 +108,14 @@ class Generator:
             raise ConfigError("sample needs at least one prompt")
         given = {"images": images, "source_area": source_area, "condition_area": condition_area}
         for name, value in given.items():
-            if value is not None:
+            if value is not None and not self.edits:
                 raise ConfigError(f"{name} is for editing; {type(self).__name__} draws images from text alone")
+        if images is None and self.edits:
+            raise ConfigError(f"{type(self).__name__} edits images: pass `images`, for each prompt its source")
+        settings = SimpleNamespace(
+            guidance=guidance, height=height, width=width, max_text_tokens=max_text_tokens, source_area=source_area,
+            condition_area=condition_area, crop_sources=crop_sources,
+        )  # fmt: skip
         B, shape = len(prompts), self.latent_shape(height, width)
         sigmas = self.sigmas(steps, height, width)
         # The mesh's devices share the batch evenly: it is filled up with copies of the last image.
@@ -103,13 +124,33 @@ class Generator:
             noise = shard_batch(_channels_last(noise, B, shape)[rows], self.mesh)
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         with on_mesh(self.mesh):
-            conditioning = self.encode_prompts(prompts, max_text_tokens)
-            negative = self.encode_prompts([""], max_text_tokens) if guidance > 1 else None
+            conditioning, negative = self.condition(prompts, settings, images)
             latents = self._draw(
                 self.params, self.lora, conditioning, negative, shard_batch(rows, self.mesh), noise, key,
                 np.asarray(sigmas), np.float32(guidance), shape=shape, solver=solver,
             )  # fmt: skip
             return self.decode_on_host(to_host(latents))[:B]
+
+    def condition(self, prompts: Sequence[str], settings, images=None, sizes=None):
+        """P prompts as the transformer takes them, and what guidance leads away from.
+
+        Args:
+            prompts: P texts.
+            settings: `guidance`, `max_text_tokens` (None: the pipeline's own, and no longer than these texts need);
+                of editing pipelines `source_area`, `condition_area` (None: the pipeline's own), `crop_sources`, and
+                for that `height` and `width`.
+            images: of editing pipelines, for each prompt its source image or the list of them.
+            sizes: of editing pipelines, the sizes (height, width) of the source images of all prompts to come, so that
+                what is returned has one shape whatever the prompts; by default those of these images.
+
+        Returns:
+            (conditioning, negative), whole on every device of the mesh: trees of arrays [P, ...]; the negative is that
+            of the empty prompt with the same images, of one row where there are none, and None without guidance.
+
+        Raises:
+            DataError: for a text or an image that cannot be used.
+        """
+        raise NotImplementedError
 
     def rollout(
         self,
@@ -126,8 +167,8 @@ class Generator:
     ) -> Float[Array, "B h w C"]:
         """From noise to the final latents: a scan over the schedule. Pure.
 
-        conditioning: B rows. negative: one row, what guidance leads away from; without it there is one forward pass
-        a step and `guidance` has no part. key: for the "sde" solver, one key or B.
+        conditioning: B rows. negative: what guidance leads away from, one row or B; without it there is one forward
+        pass a step and `guidance` has no part. key: for the "sde" solver, one key or B.
         """
 
         def velocity(x, sigma):
@@ -136,11 +177,28 @@ class Generator:
                 return self.velocity(params, lora, x, t, conditioning)
             v = self.velocity(params, lora, _pairs(x, x), _pairs(t, t), paired)
             v = reshape(v, x.shape[0], 2, *x.shape[1:])
-            return v[:, 0] + guidance * (v[:, 1] - v[:, 0])
+            return self.guide(v[:, 0], v[:, 1], guidance)
+
+        def beside(rows, others):
+            return _pairs(repeat_batch(rows, others) if len(rows) == 1 else rows, others)
 
         if negative is not None:
-            paired = jax.tree.map(lambda row, rows: _pairs(repeat_batch(row, rows), rows), negative, conditioning)
+            paired = jax.tree.map(beside, negative, conditioning)
         return integrate(velocity, noise, sigmas, solver=solver, key=key)
+
+    @staticmethod
+    def take(conditioning, negative, rows: Int[Array, "B"]):
+        """The rows of B samples in what `condition` returned; a negative of one row stays as it is."""
+
+        def taken(tables):
+            return jax.tree.map(lambda table: take_rows(table, rows), tables)
+
+        one = negative is None or len(jax.tree.leaves(negative)[0]) == 1
+        return taken(conditioning), negative if one else taken(negative)
+
+    def guide(self, negative, positive, guidance):
+        """Classifier-free guidance: away from the velocity [B, h, w, C] of the empty prompt."""
+        return negative + guidance * (positive - negative)
 
     def _draw_rows(self, params, lora, conditioning, negative, rows, noise, key, sigmas, guidance, *, shape, solver):
         """The final latents of samples `rows`, from the noise given or, without, from the key's."""
@@ -148,7 +206,7 @@ class Generator:
         if noise is None:
             noise = initial_noise(noise_key, rows, shape)
         keys = jax.vmap(lambda row: jax.random.fold_in(solver_key, row))(rows)
-        conditioning = jax.tree.map(lambda table: take_rows(table, rows), conditioning)
+        conditioning, negative = self.take(conditioning, negative, rows)
         return self.rollout(
             params, lora, noise, sigmas, conditioning, guidance=guidance, negative=negative, solver=solver, key=keys
         )

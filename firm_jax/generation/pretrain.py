@@ -1,10 +1,9 @@
-"""Training a generator from nothing: its autoencoder, then its flow-matching transformer with the text encoders.
+"""Training a text-to-image generator from nothing: a flow-matching transformer together with its text encoders.
 
-Both jobs draw batch `i` from a random generator seeded by (seed, i), so a resumed run sees the batches that an
-uninterrupted one would have seen, and no data state has to be kept.
+Batch `i` comes from a random generator seeded by (seed, i), so a resumed run sees the batches that an uninterrupted
+one would have seen, and no data state has to be kept.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,10 +16,10 @@ import optax
 from flax import nnx
 
 from firm_jax import models
-from firm_jax.errors import ConfigError
 from firm_jax.fit import fit
+from firm_jax.generation.folder import read_scheduler
 from firm_jax.generation.schedules import noised
-from firm_jax.generation.sd3 import SD3Generator, read_scheduler
+from firm_jax.generation.sd3 import SD3Generator
 from firm_jax.generation.text import TextEncoders, load_tokenizer
 from firm_jax.interop.hub import resolve
 from firm_jax.mesh import make_mesh, replicate, shard_batch, to_host
@@ -28,94 +27,11 @@ from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.layers import Linear
 from firm_jax.models.sd3 import SD3Config, SD3Transformer
 from firm_jax.models.t5 import T5Config, T5Encoder
-from firm_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
+from firm_jax.models.vae_kl import AutoencoderKL
 from firm_jax.run import Run
 from firm_jax.shapes import oracle, teach
-from firm_jax.shapes.scene import Prompt
 from firm_jax.shapes.scene import prompts as shapes_prompts
 from firm_jax.shapes.tokenizers import save_tokenizers
-
-
-def autoencoder_loss(vae_graph, config) -> Callable:
-    """Absolute plus squared error of the reconstruction, and a small pull of the posterior towards N(0, 1).
-
-    The posterior's own noise is in the decoder's input, so the decoder learns to forgive a generator's small errors.
-    """
-
-    def loss(params, batch, key):
-        vae = nnx.merge(vae_graph, params)
-        mean, logvar = vae.encode(batch["images"])
-        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = vae.decode(latents) - batch["images"]
-        kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
-        absolute, squared = jnp.abs(error).mean(), jnp.square(error).mean()
-        total = absolute + squared + config.kl_weight * kl
-        return total, {"loss/total": total, "loss/absolute": absolute, "loss/squared": squared, "loss/kl": kl}
-
-    return loss
-
-
-def train_autoencoder(config, workdir: str) -> None:
-    """Train an AutoencoderKL on the shapes world; leaves it as a diffusers folder in `workdir/model`.
-
-    The latents' mean and deviation over a fixed sample become `shift_factor` and `scaling_factor`.
-    """
-    mesh = make_mesh(**config.mesh)
-    with Run(config, workdir) as run, jax.set_mesh(mesh):
-        graph, params = nnx.split(_first_autoencoder(config))
-        params = replicate(params, mesh)
-
-        def batch_at(step):
-            rng = np.random.default_rng([config.seed, 0, step])
-            return {"images": teach.autoencoder_batch(rng, config.train.batch_size) * 2 - 1}
-
-        held_out = teach.autoencoder_batch(np.random.default_rng([config.seed, 1]), config.eval.images)
-
-        @jax.jit
-        def encode(params, images):
-            return nnx.merge(graph, params).encode(images * 2 - 1)[0]
-
-        @jax.jit
-        def decode(params, latents):
-            return jnp.clip(nnx.merge(graph, params).decode(latents) / 2 + 0.5, 0, 1)
-
-        def evaluate(params, epoch):
-            images = shard_batch(held_out, mesh)
-            decoded = np.asarray(decode(params, encode(params, images)))
-            psnr = -10 * np.log10(np.square(decoded - held_out).mean((1, 2, 3)))
-            same = [_same_reading(a, b) for a, b in zip(held_out, decoded, strict=True)]
-            pairs = np.stack([held_out[:8], decoded[:8]], 1).reshape(-1, *held_out.shape[1:])
-            captions = [text for value in psnr[:8] for text in ("source", f"{value:.1f} dB")]
-            run.images("reconstructions", pairs, captions, step=epoch * config.train.steps_per_epoch, epoch=epoch)
-            return {"eval/psnr": float(psnr.mean()), "eval/oracle_agreement": float(np.mean(same))}
-
-        params = fit(run, config, mesh, params, autoencoder_loss(graph, config), batch_at, evaluate)
-        latents = np.asarray(encode(params, shard_batch(held_out, mesh)))
-        vae = nnx.merge(graph, params)
-        scaling = {"scaling_factor": 1 / float(latents.std()), "shift_factor": float(latents.mean())}
-        vae.config = dataclasses.replace(vae.config, **scaling)
-        if run.is_main:
-            models.save_pretrained(vae, Path(workdir) / "model", dtype="float16")
-
-
-def _first_autoencoder(config) -> AutoencoderKL:
-    """The autoencoder that training starts from: the one in the folder `init`, or a new one when that is None."""
-    if config.init == "":
-        raise ConfigError("this variant continues a trained autoencoder: set --config.init to a folder with one")
-    if config.init:
-        return models.from_pretrained(resolve(config.init))
-    vae_config = AutoencoderKLConfig(**config.vae, scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
-    return AutoencoderKL(vae_config, rngs=nnx.Rngs(config.seed))
-
-
-def _same_reading(image: np.ndarray, decoded: np.ndarray) -> bool:
-    """Whether the oracle sees the same shapes (kind, colour, size) and background in both pictures."""
-    before, after = oracle.read(image), oracle.read(decoded)
-
-    def content(scene):
-        return scene.background, sorted((s.kind, s.color, s.size) for s in scene.shapes)
-
-    return content(before) == content(after)
 
 
 class Readout(nnx.Module):
@@ -160,14 +76,14 @@ def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
         *ask_texts, ask_picture = (nnx.merge(*parts) for parts in zip(readouts, params["readouts"], strict=True))
         texts = (conditioning.pooled, clip.mean(1), t5.mean(1))
         caption = sum(ask(text, batch["said"]) for ask, text in zip(ask_texts, texts, strict=True)) / len(texts)
-        picture = ask_picture(tokens, _of_tokens(batch["shown"], tokens.shape[1]))
+        picture = ask_picture(tokens, of_tokens(batch["shown"], tokens.shape[1]))
         total = flow + config.train.caption_readout * caption + config.train.picture_readout * picture
         return total, {"loss/total": total, "loss/flow": flow, "loss/caption": caption, "loss/picture": picture}
 
     return loss
 
 
-def _of_tokens(quarters: jax.Array, count: int) -> jax.Array:
+def of_tokens(quarters: jax.Array, count: int) -> jax.Array:
     """Labels [B, 4, N] of a square picture's quarters -> those of its `count` tokens, row by row [B, count, N]."""
     half = math.isqrt(count) // 2
     grid = quarters.reshape(-1, 2, 2, quarters.shape[-1])
@@ -239,13 +155,14 @@ def train_flow_matching(config, workdir: str) -> None:
         pictures = [draw(asked[start : start + 256]) for start in range(0, len(asked), 256)]
         if run.is_main:
             generator.save_pretrained(folder, dtype="float16")
-            _write_samples(Path(workdir) / "samples.npz", np.concatenate(pictures), asked)
+            texts = [prompt.to_json() for prompt in asked]
+            write_samples(Path(workdir) / "samples.npz", "prompts", texts, images=np.concatenate(pictures))
 
 
-def _write_samples(file: Path, images: np.ndarray, prompts: list[Prompt]) -> None:
-    """Pictures float [N, H, W, 3] in [0, 1] and what each was asked to show, as shapes.conversations reads them."""
-    texts = [json.dumps(prompt.to_json()) for prompt in prompts]
-    np.savez_compressed(file, images=np.round(images * 255).astype(np.uint8), prompts=np.array(texts))
+def write_samples(file: Path, asked: str, texts: Sequence[dict], **pictures: np.ndarray) -> None:
+    """Pictures float [N, H, W, 3] in [0, 1] and, under the name `asked`, what each was asked to show."""
+    arrays = {name: np.round(images * 255).astype(np.uint8) for name, images in pictures.items()}
+    np.savez_compressed(file, **{asked: np.array([json.dumps(text) for text in texts])}, **arrays)
 
 
 def _encoded_pictures(generator: SD3Generator, config, wrong: float, progress: Callable) -> dict:
@@ -257,7 +174,7 @@ def _encoded_pictures(generator: SD3Generator, config, wrong: float, progress: C
     @jax.jit
     def encode(vae_params, images):
         mean, _ = nnx.merge(generator.vae_graphdef, vae_params).encode(images * 2 - 1)
-        return (mean - generator.vae_config.shift_factor) * generator.vae_config.scaling_factor
+        return generator.vae_config.standardise(mean)
 
     latents, ids, said, shown = [], [], [], []
     for start in progress(range(0, config.train.pictures, 256), f"encoding pictures ({wrong:.0%} wrong)"):

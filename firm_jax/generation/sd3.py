@@ -1,6 +1,5 @@
 """The Stable Diffusion 3 pipeline: SD3-medium, SD3.5-medium, SD3.5-large."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from firm_jax import models
-from firm_jax.errors import ConfigError, WeightsError
+from firm_jax.errors import ConfigError
+from firm_jax.generation.folder import check_parts, present_parts, read_scheduler, write_index, write_scheduler
 from firm_jax.generation.generator import Generator, read_model_index
 from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
 from firm_jax.generation.text import (
@@ -21,12 +21,10 @@ from firm_jax.generation.text import (
     TextEncoders,
     tokenizer_name,
 )
-from firm_jax.interop.files import read_json
 from firm_jax.models.sd3 import SD3Config
 from firm_jax.models.vae_kl import AutoencoderKLConfig
 
-PIPELINE, SCHEDULER = "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"
-SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+PIPELINE = "StableDiffusion3Pipeline"
 REQUIRED = ("transformer", "vae", "scheduler", *CLIP_ENCODERS, *map(tokenizer_name, CLIP_ENCODERS))
 T5_PARTS = (T5_ENCODER, tokenizer_name(T5_ENCODER))
 UNSUPPORTED = ("image_encoder", "feature_extractor")  # of IP adapters
@@ -76,14 +74,8 @@ class SD3Generator(Generator):
     @classmethod
     def from_folder(cls, folder: Path, index: Mapping, dtype, mesh: Mesh | None, lora: dict | None) -> "SD3Generator":
         """The pipeline whose model_index.json is `index`; text_encoder_3 (T5) may be null there."""
-        present = {name for name, kind in index.items() if not name.startswith("_") and kind != [None, None]}
-        with_t5 = T5_ENCODER in present
-        missing = sorted({*REQUIRED, *(T5_PARTS if with_t5 else ())} - present)
-        unsupported = sorted(present - {*REQUIRED, *T5_PARTS})
-        if missing:
-            raise ConfigError(f"{folder / 'model_index.json'} lacks {', '.join(missing)}")
-        if unsupported:
-            raise ConfigError(f"{folder / 'model_index.json'} names parts that are not supported: {unsupported}")
+        with_t5 = T5_ENCODER in present_parts(index)
+        check_parts(folder, index, (*REQUIRED, *(T5_PARTS if with_t5 else ())))
         transformer = models.from_pretrained(folder / "transformer", dtype=dtype, mesh=mesh)
         vae = models.from_pretrained(folder / "vae", dtype="float32", mesh=mesh)
         encoders = (*CLIP_ENCODERS, T5_ENCODER) if with_t5 else CLIP_ENCODERS
@@ -122,8 +114,7 @@ class SD3Generator(Generator):
             "vae": nnx.merge(self.vae_graphdef, self.vae_params),
             **self.text_encoders.networks(),
         }
-        index: dict = {"_class_name": PIPELINE, "scheduler": ["diffusers", SCHEDULER]}
-        index |= {name: [None, None] for name in (*T5_PARTS, *UNSUPPORTED)}
+        index: dict = {name: [None, None] for name in (*T5_PARTS, *UNSUPPORTED)}
         for name, network in parts.items():
             models.save_pretrained(network, folder / name, dtype=dtype)
             index[name] = ["transformers" if "text_encoder" in name else "diffusers", network.hf_class]
@@ -131,12 +122,14 @@ class SD3Generator(Generator):
             name = tokenizer_name(encoder)
             tokenizer.save_pretrained(folder / name)
             index[name] = ["transformers", type(tokenizer).__name__]
-        (folder / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
-        for file, content in (
-            ("model_index.json", index),
-            (SCHEDULER_FILE, {"_class_name": SCHEDULER} | self.scheduler),
-        ):
-            (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        write_scheduler(folder, self.scheduler)
+        write_index(folder, PIPELINE, index)
+
+    def condition(self, prompts: Sequence[str], settings, images=None, sizes=None):
+        """See `Generator.condition`."""
+        conditioning = self.encode_prompts(prompts, settings.max_text_tokens)
+        negative = self.encode_prompts([""], settings.max_text_tokens) if settings.guidance > 1 else None
+        return conditioning, negative
 
     def encode_prompts(self, prompts: Sequence[str], max_text_tokens: int | None = None) -> Conditioning:
         """Context [P, T, D] and pooled vectors [P, E]; T is CLIP's length plus `max_text_tokens` (None: 256)."""
@@ -160,8 +153,7 @@ class SD3Generator(Generator):
 
     def decode(self, vae_params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """The images of final latents, float32 in [0, 1]; pure."""
-        latents = latents / self.vae_config.scaling_factor + self.vae_config.shift_factor
-        images = nnx.merge(self.vae_graphdef, vae_params).decode(latents)
+        images = nnx.merge(self.vae_graphdef, vae_params).decode(self.vae_config.restore(latents))
         return jnp.clip(images / 2 + 0.5, 0, 1).astype(jnp.float32)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -175,13 +167,13 @@ class SD3Generator(Generator):
         vae_config = AutoencoderKLConfig.from_hf(models.read_config(folder / "vae"))
         latent_shape(config, vae_config, height, width)
 
-    def forward_flops(self, height: int, width: int, text_tokens: int) -> int:
+    def forward_flops(self, height: int, width: int, conditioning: Conditioning) -> int:
         """Floating-point operations of the transformer for one image at one noise level, by our count."""
-        return self.config.forward_flops(self._image_tokens(height, width), text_tokens)
+        return self.config.forward_flops(self._image_tokens(height, width), conditioning.context.shape[1])
 
-    def backward_flops(self, height: int, width: int, text_tokens: int) -> int:
+    def backward_flops(self, height: int, width: int, conditioning: Conditioning) -> int:
         """Those of the gradient of a LoRA's loss, its forward pass left out."""
-        return self.config.backward_flops(self._image_tokens(height, width), text_tokens)
+        return self.config.backward_flops(self._image_tokens(height, width), conditioning.context.shape[1])
 
     def decode_flops(self, height: int, width: int) -> int:
         """Those of decoding one image."""
@@ -209,12 +201,3 @@ def latent_shape(config: SD3Config, vae_config: AutoencoderKLConfig, height: int
         raise ConfigError(f"height and width must be multiples of {multiple}, not {height} x {width}")
     config.check_latent_size(height // scale, width // scale)
     return height // scale, width // scale, config.in_channels
-
-
-def read_scheduler(folder: Path) -> dict:
-    """The scheduler_config.json of a pipeline folder."""
-    file = folder / SCHEDULER_FILE
-    try:
-        return read_json(file)
-    except FileNotFoundError:
-        raise WeightsError(f"the pipeline lacks {file}") from None

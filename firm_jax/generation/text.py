@@ -107,7 +107,7 @@ class TextEncoders:
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenize(list(rows), max_text_tokens)
         parts = []
-        for batch in _batches(len(rows), batch_size(self.mesh)):
+        for batch in text_batches(len(rows), batch_size(self.mesh)):
             part = shard_batch({name: tokens[batch] for name, tokens in ids.items()}, self.mesh)
             with on_mesh(self.mesh):
                 parts.append(to_host(self.encode_jitted(self.params, part, max_text_tokens)))
@@ -126,7 +126,7 @@ def encoded_together(count: int, divisor: int) -> int:
     return size + -size % divisor
 
 
-def _batches(count: int, divisor: int) -> Iterator[np.ndarray]:
+def text_batches(count: int, divisor: int) -> Iterator[np.ndarray]:
     """Rows 0..count-1 in batches of one size, the last one filled up."""
     size = encoded_together(count, divisor)
     for start in range(0, count, size):

@@ -2,11 +2,13 @@
 
 Image tokens and text tokens have their own weights and meet in joint attention, in which rotary positions tell them
 apart: rows and columns count from the image's centre, text runs on along the diagonal from where the images end, and
-each image has a frame of its own: the target frame 0, source images 1, 2, ... All blocks are alike: one stack.
+each image has a frame of its own. Samples of a batch may have source images of different number and size: they are
+padded to one number of tokens. All blocks are alike: one stack.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,54 @@ ROPE_THETA = 10_000
 # also gives the width of pooled text, which the network does not take.
 FIXED = {"guidance_embeds": (False,), "use_additional_t_cond": (False,), "use_layer3d_rope": (False,)}
 NO_EFFECT = ("pooled_projection_dim",)
+
+
+class Sources(NamedTuple):
+    """The source images of B samples: patches of latents, of all images of a sample one after another.
+
+    tokens: standardised latents in patches, as `patchify` cuts them. places: frame, row and column of each, see
+    `image_places`. seen: 1, or 0 for padding. text_start: the first position of the text, so that it lies outside
+    every image.
+    """
+
+    tokens: Float[Array, "B S F"]
+    places: Int[Array, "B S 3"]
+    seen: Int[Array, "B S"]
+    text_start: Int[Array, "B"]
+
+
+def pack_sources(images: Sequence[Sequence[tuple[np.ndarray, tuple[int, int]]]], length: int) -> Sources:
+    """The source images of each sample, in the order in which its text names them, padded to `length` tokens.
+
+    images: for each sample, for each image its tokens float [rows * columns, F] and its grid (rows, columns). The
+    images of different samples may be of different number and size.
+    """
+    features = images[0][0][0].shape[-1]
+    tokens = np.zeros((len(images), length, features), np.float32)
+    places = np.zeros((len(images), length, 3), np.int32)
+    seen = np.zeros((len(images), length), np.int32)
+    for sample, parts in enumerate(images):
+        own = np.concatenate([part for part, _ in parts])
+        tokens[sample, : len(own)], seen[sample, : len(own)] = own, 1
+        places[sample, : len(own)] = np.concatenate(
+            [image_places(frame, *grid) for frame, (_, grid) in enumerate(parts, start=1)]
+        )
+    starts = [max(text_start(grid) for _, grid in parts) for parts in images]
+    return Sources(tokens, places, seen, np.array(starts, np.int32))
+
+
+def image_places(frame: int, rows: int, columns: int) -> Int[np.ndarray, "S 3"]:
+    """Frame, row and column of an image's tokens, row by row.
+
+    Row and column count from the centre, the larger half before it. The target is frame 0, sources are 1, 2, ...
+    """
+    grid = np.indices((rows, columns)) - np.array([rows - rows // 2, columns - columns // 2])[:, None, None]
+    return np.concatenate([np.full((1, rows, columns), frame), grid]).reshape(3, -1).T.astype(np.int32)
+
+
+def text_start(grid: tuple[int, int]) -> int:
+    """The first position outside an image of (rows, columns) tokens: half of its longer side."""
+    return max(grid) // 2
 
 
 @dataclass(frozen=True)
@@ -160,38 +210,40 @@ class QwenImageTransformer(nnx.Module):
         context: Float[Array, "B T D"],
         mask: Int[Array, "B T"] | None = None,
         *,
-        sources: Sequence[Float[Array, "B ? ? C"]] = (),
+        sources: Sources | None = None,
         lora: dict | None = None,
         remat: str = "none",
         attention_implementation: str | None = None,
-    ) -> Float[Array, "B h w C"]:
+        with_tokens: bool = False,
+    ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B S D"]]:
         """The velocity at noisy latents x, in the dtype of the weights.
 
         timestep: 0 (image) to 1000 (noise), any float; kept in float32. context: text tokens; mask: 0 where one is
-        padding that no token sees, None for no padding. sources: the latents of source images, each of any size, in
-        the order in which the text names them. lora: a tree of adapters over the model's own paths, scale folded in
-        (models/lora.py); over `blocks`, `img_in`, `txt_in` and `proj_out`. remat: one of layers.REMAT_POLICIES.
-        Raises ConfigError when a height or width is not a multiple of the patch size.
+        padding that no token sees, None for no padding. sources: the source images, see `pack_sources`. lora: a tree
+        of adapters over the model's own paths, scale folded in (models/lora.py); over `blocks`, `img_in`, `txt_in`
+        and `proj_out`. remat: one of layers.REMAT_POLICIES. with_tokens: also give the target's tokens as they leave
+        the last block. Raises ConfigError when a height or width is not a multiple of the patch size.
         """
-        config = self.config
-        p, images = config.patch_size, (x, *sources)
-        for image in images:
-            config.check_latent_size(*image.shape[1:3])
-        grids = [(image.shape[1] // p, image.shape[2] // p) for image in images]
+        config, p = self.config, self.config.patch_size
         B, h, w, _ = x.shape
+        config.check_latent_size(h, w)
+        grid = h // p, w // p
         dtype = self.proj_out.kernel.dtype
-        tokens = jnp.concatenate([patchify(image.astype(dtype), p) for image in images], axis=1)
+        tokens = patchify(x.astype(dtype), p)
+        S, T = tokens.shape[1], context.shape[1]
+        if sources is not None:
+            tokens = jnp.concatenate([tokens, sources.tokens.astype(dtype)], axis=1)
         tokens = self.img_in(tokens, lora=child(lora, "img_in"))
         text = self.txt_in(self.txt_norm(context.astype(dtype)), lora=child(lora, "txt_in"))
         emb = self._condition(timestep)
-        still = self._condition(jnp.zeros(1)) if sources and config.zero_cond_t else None
-        angles = rotary_angles(grids, text.shape[1], config.axes_dims_rope)[None]
+        still = self._condition(jnp.zeros(1)) if sources is not None and config.zero_cond_t else None
+        angles = rotary_angles(token_places(grid, sources, T), config.axes_dims_rope)
         rotary = jnp.cos(angles), jnp.sin(angles)
-        S = grids[0][0] * grids[0][1]
         segments = None
-        if mask is not None:
-            seen = repeat_batch(jnp.ones((1, tokens.shape[1]), jnp.int32), mask)
-            segments = jnp.concatenate([seen, (mask != 0).astype(jnp.int32)], axis=1)
+        if mask is not None or sources is not None:
+            ones = [repeat_batch(jnp.ones((1, count), jnp.int32), x) for count in (S, T)]
+            seen = [ones[0]] if sources is None else [ones[0], sources.seen]
+            segments = jnp.concatenate([*seen, ones[1] if mask is None else (mask != 0).astype(jnp.int32)], axis=1)
 
         def body(block, carry, block_lora):
             conditions = {"emb": emb, "still": still, "target_tokens": S}
@@ -208,8 +260,9 @@ class QwenImageTransformer(nnx.Module):
             (tokens, text), _ = scan_layers(self.blocks, body, (tokens, text), child(lora, "blocks"), remat=remat)
         scale, shift = self.norm_out(emb)
         out = self.proj_out(modulate(self.norm(tokens[:, :S]), shift, scale), lora=child(lora, "proj_out"))
-        out = reshape(out, B, h // p, w // p, config.latent_channels, p, p)
-        return reshape(out.transpose(0, 1, 4, 2, 5, 3), B, h, w, config.latent_channels)
+        out = reshape(out, B, *grid, config.latent_channels, p, p)
+        v = reshape(out.transpose(0, 1, 4, 2, 5, 3), B, h, w, config.latent_channels)
+        return (v, tokens[:, :S]) if with_tokens else v
 
     def _condition(self, timestep):
         """The activated conditioning vector [B, D]."""
@@ -219,23 +272,27 @@ class QwenImageTransformer(nnx.Module):
         return jax.nn.silu(self.time_text_embed.timestep_embedder(features.astype(self.proj_out.kernel.dtype)))
 
 
-def rotary_angles(grids: Sequence[tuple[int, int]], text_tokens: int, axes: Sequence[int]) -> Float[Array, "S+T H/2"]:
-    """Rotary angles of all image tokens, then of the text tokens: float32, frame first, then row, then column.
+def token_places(grid: tuple[int, int], sources: Sources | None, text_tokens: int) -> Int[Array, "B N 3"]:
+    """Where all tokens stand: the target's (rows, columns), the sources', and the text's, the same on all three axes.
 
-    grids: rows and columns of patches of each image. Row and column count from the centre, the larger half before it.
-    Text positions start at the largest half side of an image and are the same on the three axes.
+    Without sources they are the same in every sample, and B is 1.
     """
-    positions = []
-    for frame, (rows, columns) in enumerate(grids):
-        place = np.indices((rows, columns)) - np.array([rows - rows // 2, columns - columns // 2])[:, None, None]
-        positions.append(np.concatenate([np.full((1, rows, columns), frame), place]).reshape(3, -1))
-    start = max(max(grid) for grid in grids) // 2
-    positions.append(np.broadcast_to(np.arange(start, start + text_tokens), (3, text_tokens)))
-    places = np.concatenate(positions, axis=1).astype(np.float32)
+    target, start = jnp.asarray(image_places(0, *grid))[None], text_start(grid)
+    if sources is None:
+        parts, starts = [target], jnp.full(1, start)
+    else:
+        parts = [repeat_batch(target, sources.places), sources.places]
+        starts = jnp.maximum(sources.text_start, start)
+    text = starts[:, None] + jnp.arange(text_tokens)
+    return jnp.concatenate([*parts, jnp.stack([text] * 3, axis=-1)], axis=1)
+
+
+def rotary_angles(places: Int[Array, "B N 3"], axes: Sequence[int]) -> Float[Array, "B N H/2"]:
+    """Rotary angles of tokens at frame, row and column, float32: `axes` of a head's H features turn with each."""
     angles = []
-    for place, size in zip(places, axes, strict=True):
+    for axis, size in enumerate(axes):
         frequencies = np.float32(1) / np.float32(ROPE_THETA) ** (np.arange(0, size, 2, dtype=np.float32) / size)
-        angles.append(jnp.asarray(place)[:, None] * frequencies)
+        angles.append(places[:, :, axis, None].astype(jnp.float32) * frequencies)
     return jnp.concatenate(angles, axis=-1)
 
 

@@ -5,7 +5,7 @@ The latents here are the autoencoder's own; a generator works on `(latents - shi
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,18 @@ class AutoencoderKLConfig:
             **{field: require(raw, field, what) for field in required},
             **{field: raw.get(field, default) for field, default in defaults.items()},
         )
+
+    def standardise(self, latents):
+        """The autoencoder's latents [..., latent_channels] -> a generator's."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def restore(self, latents):
+        """A generator's latents [..., latent_channels] -> the autoencoder's."""
+        return latents / self.scaling_factor + self.shift_factor
+
+    def fitted_to(self, latents) -> "AutoencoderKLConfig":
+        """The config by which latents like these [..., latent_channels] have mean 0 and deviation 1."""
+        return replace(self, scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
 
     def decode_flops(self, h: int, w: int) -> int:
         """Floating-point operations of decoding one image's latents: convolutions and attention, by our count."""

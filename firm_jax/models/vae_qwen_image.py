@@ -8,7 +8,7 @@ frame would meet are kept, so that files are read and written whole.
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,11 @@ class AutoencoderKLQwenImageConfig:
         """A generator's latents [..., z_dim] -> the autoencoder's."""
         return latents * jnp.asarray(self.latents_std) + jnp.asarray(self.latents_mean)
 
+    def fitted_to(self, latents) -> "AutoencoderKLQwenImageConfig":
+        """The config by which latents like these [..., z_dim] have mean 0 and deviation 1 in each channel."""
+        flat = latents.reshape(-1, self.z_dim)
+        return replace(self, latents_mean=tuple(flat.mean(0).tolist()), latents_std=tuple(flat.std(0).tolist()))
+
 
 def _conv_flops(places: int, inputs: int, outputs: int, kernel: int = 3) -> int:
     return 2 * places * kernel**2 * inputs * outputs
@@ -148,7 +153,10 @@ class FrameConv(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, rngs: nnx.Rngs):
         seen = KERNEL_INIT(rngs.params(), (kernel, kernel, in_channels, out_channels), jnp.float32)
         self.kernel = nnx.Param(jnp.zeros((kernel, *seen.shape)).at[-1].set(seen))
-        self.bias = nnx.Param(jnp.zeros(out_channels))
+        # Not zeros: a pixel whose channels are all zero, as of a grey picture, has no direction for the norms, and
+        # gradients through it grow without bound.
+        bound = (kernel**2 * in_channels) ** -0.5
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (out_channels,), minval=-bound, maxval=bound))
 
     def __call__(self, x):
         y = jax.lax.conv_general_dilated(
@@ -173,8 +181,9 @@ class ChannelNorm(nnx.Module):
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
-        norm = jnp.sqrt(jnp.square(y).sum(-1, keepdims=True))
-        y = (y / jnp.maximum(norm, 1e-12)).astype(x.dtype)
+        # Bounded before the root, whose gradient at the zeros of a black picture would be infinite.
+        norm = jnp.sqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
+        y = (y / norm).astype(x.dtype)
         return y * x.shape[-1] ** 0.5 * self.gamma.reshape(-1)
 
 

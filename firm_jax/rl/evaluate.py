@@ -11,6 +11,7 @@ from firm_jax.data.images import to_array
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.rl.rewards import Reward
 from firm_jax.rl.rollout import (
+    conditioner,
     judge,
     judgement_metrics,
     make_sampler,
@@ -51,7 +52,7 @@ class Evaluator:
         sources = shown_sources(prompts, settings)
         self.sources = [sources[row] for row in rows]
         self.oracle = (edit_oracle if _of_edits(prompts) else prompt_oracle)(prompts) if settings.oracle else None
-        self.conditioning = generator.encode_prompts([prompt.text for prompt in prompts], settings.max_text_tokens)
+        self.conditioned = conditioner(generator, settings, prompts)(prompts)
         self.sample = make_sampler(
             generator, settings, generator.mesh, lambda chunks: run.progress(chunks, "evaluating")
         )
@@ -60,7 +61,7 @@ class Evaluator:
     def __call__(self, lora, *, step: int, epoch: int) -> dict[str, float | None]:
         """Metrics `eval/*` of one policy (a LoRA tree, strength folded in), and a grid of pictures for the report."""
         with self.run.timer("eval"):
-            _, images = self.sample(lora, self.conditioning, self.rows, self.numbers, self.key)
+            _, images = self.sample(lora, self.conditioned, self.rows, self.numbers, self.key)
             metrics, captions = self._judge(images)
             if self.oracle is not None:
                 metrics |= self._ask_oracle(images)

@@ -34,6 +34,7 @@ from firm_jax.rl.rewards import Reward, resolve_reward
 from firm_jax.rl.rollout import (
     OF_EDITS,
     RUBRICS,
+    conditioner,
     drawing_flops,
     failures,
     judge,
@@ -212,6 +213,7 @@ class Job:
         self._update = make_update(
             partial(self.generator.velocity, remat=settings.remat), optimizer, settings, self.lora.scale
         )
+        self._condition = conditioner(self.generator, config.rollout, self.prompts.train)
         self._sample = make_sampler(self.generator, config.rollout, self.mesh, self._bar("rollout"))
         self._sigmas = self.generator.sigmas(config.rollout.steps, config.rollout.height, config.rollout.width)
         self._evaluate = Evaluator(
@@ -244,9 +246,7 @@ class Job:
         group = next(self.groups)
         self.drawn_for = [group.prompts[row] for row in group.group_ids]
         self.sources = self._open_sources(group)
-        self.conditioning = self.generator.encode_prompts(
-            [prompt.text for prompt in group.prompts], self.config.rollout.max_text_tokens
-        )
+        self.conditioned = self._condition(group.prompts)
         return group
 
     def _open_sources(self, group: EpochGroups) -> list[list[np.ndarray]]:
@@ -261,7 +261,7 @@ class Job:
         """Final latents [M, h, w, C] and images [M, H, W, 3] of the old policy, on the host."""
         with self.run.timer("rollout"):
             latents, images = self._sample(
-                self._policy(old), self.conditioning, group.group_ids, group.sample_indices, self.keys[ROLLOUT]
+                self._policy(old), self.conditioned, group.group_ids, group.sample_indices, self.keys[ROLLOUT]
             )
         if bad := [p.text for p, image in zip(self.drawn_for, images, strict=True) if not np.isfinite(image).all()]:
             told = f"{len(bad)} of {len(images)} images are not finite, the first of the prompt {bad[0]!r}"
@@ -305,7 +305,7 @@ class Job:
         key = jax.random.fold_in(self.keys[UPDATE], group.epoch)
         with self.run.timer("update"):
             for batch in self.run.progress(batches, "update", settings.updates_per_epoch):
-                state, one = self._update(self.generator.params, state, self.conditioning, batch, key)
+                state, one = self._update(self.generator.params, state, self.conditioned[0], batch, key)
                 terms.append({name: value.item() for name, value in jax.device_get(one).items()})
                 if terms[-1]["update/skipped"]:
                     self._skip(group, batch, terms[-1])
@@ -374,9 +374,9 @@ class Job:
 
     def _flops(self, images: int) -> float:
         """The transformer's operations in an epoch."""
-        rollout, tokens = self.config.rollout, self.conditioning.context.shape[1]
-        drawing = drawing_flops(self.generator, rollout, tokens)
-        learning = learning_flops(self.generator, self.config.train, (rollout.height, rollout.width), tokens)
+        rollout, (conditioning, _) = self.config.rollout, self.conditioned
+        drawing = drawing_flops(self.generator, rollout, conditioning)
+        learning = learning_flops(self.generator, self.config.train, (rollout.height, rollout.width), conditioning)
         return images * (drawing + learning)
 
     def _policy(self, lora):

@@ -14,7 +14,7 @@ from firm_jax.abstract import batch, outputs, place, whole
 from firm_jax.critic.programs import AbstractCritic
 from firm_jax.generation import Generator
 from firm_jax.generation.generator import decoded_together, pipeline_class, read_model_index
-from firm_jax.generation.text import T5_ENCODER, encoded_together
+from firm_jax.generation.programs import encoding, text_parameters
 from firm_jax.interop.hub import find_local
 from firm_jax.mesh import batch_size
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
@@ -48,26 +48,26 @@ class RLPrograms:
         self.state = outputs(mesh, partial(init_state, optimizer=self.optimizer), tree)
         self.policy = outputs(mesh, partial(scaled, scale=self.scale), self.state["lora"])
         self.key = whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        self.conditioning = {
-            "rollout": self._conditioning(config.group.prompts_per_epoch, config.rollout),
-            "eval": self._conditioning(config.eval.prompts, config.eval),
+        self.encoding = {
+            "rollout": encoding(self.generator, mesh, config.group.prompts_per_epoch, config.rollout),
+            "eval": encoding(self.generator, mesh, config.eval.prompts, config.eval),
         }
 
     def resident(self) -> dict[str, object]:
         """What stays on the devices for the whole run: trees of shapes with their shardings, by what they are."""
         return {
             "generator": self.generator.params,
-            "text encoders": self.generator.text_encoders.params,
+            "text encoders": text_parameters(self.generator),
             "autoencoder": self.generator.vae_params,
             "critic": self.critic.params,
             "LoRA, averages, optimizer": self.state,
-            "encoded prompts": self.conditioning,
+            "encoded prompts": [(made.conditioning, made.negative) for made in self.encoding.values()],
         }
 
     def programs(self) -> Iterator[Program]:
         """In the order in which an epoch runs them; evaluation, which most epochs do without, comes last."""
         config = self.config
-        yield self._encode()
+        yield from self.encoding["rollout"].programs
         drawn = {"rollout": self.images, "eval": config.eval.prompts * config.eval.images_per_prompt}
         draws, decodes = ({name: make(name, drawn[name]) for name in drawn} for make in (self._draw, self._decode))
         yield draws["rollout"]
@@ -79,45 +79,16 @@ class RLPrograms:
         if decodes["eval"].arguments != decodes["rollout"].arguments:
             yield decodes["eval"]
 
-    def _ids(self, prompts: int, max_text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-        text = self.generator.text_encoders
-        lengths = {part: max_text_tokens if part == T5_ENCODER else text.clip_tokens for part in text.params}
-        return {part: batch(self.mesh, (prompts, length), jnp.int32) for part, length in lengths.items()}
-
-    def _conditioning(self, prompts: int, settings):
-        """As `encode_prompts` leaves it: whole on every device."""
-        text = self.generator.text_encoders
-        ids = self._ids(encoded_together(prompts, self.devices), settings.max_text_tokens)
-        found = outputs(self.mesh, partial(text.encode, max_text_tokens=settings.max_text_tokens), text.params, ids)
-        rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape[1:]), leaf.dtype), found)
-        return whole(rows, self.mesh)
-
-    def _encode(self) -> Program:
-        text, settings = self.generator.text_encoders, self.config.rollout
-        prompts = self.config.group.prompts_per_epoch
-        size = encoded_together(prompts, self.devices)
-        ids = self._ids(size, settings.max_text_tokens)
-        flops = sum(config.forward_flops(ids[part].shape[1]) for part, config in text.configs.items())
-        return Program(
-            "encode prompts",
-            text.encode_jitted,
-            (text.params, ids, settings.max_text_tokens),
-            fed=ids,
-            flops=size * flops,
-            calls=-(-prompts // size),
-        )
-
     def _draw(self, section: str, images: int) -> Program:
-        generator, settings, conditioning = self.generator, self.config[section], self.conditioning[section]
+        generator, settings, encoded = self.generator, self.config[section], self.encoding[section]
         size = drawn_together(images, settings.batch_size, self.devices)
-        negative = self._conditioning(1, settings) if settings.guidance > 1 else None
         rows = (batch(self.mesh, (size,), jnp.int32), batch(self.mesh, (size,), jnp.uint32))
         return Program(
             section,
             make_draw(generator, settings),
-            (generator.params, self.policy, conditioning, negative, *rows, self.key),
-            fed=(self.policy, negative, rows, self.key),
-            flops=size * drawing_flops(generator, settings, conditioning.context.shape[1]),
+            (generator.params, self.policy, encoded.conditioning, encoded.negative, *rows, self.key),
+            fed=(self.policy, rows, self.key),
+            flops=size * drawing_flops(generator, settings, encoded.conditioning),
             calls=-(-images // size) if section == "rollout" else 0,
             limit=f"{section}.batch_size",
         )
@@ -152,14 +123,14 @@ class RLPrograms:
             "sample": by_sample(jnp.uint32),
             "t": batch(self.mesh, (A, settings.timesteps, b), jnp.float32, axis=2),
         }
-        conditioning, size = self.conditioning["rollout"], (rollout.height, rollout.width)
+        conditioning, size = self.encoding["rollout"].conditioning, (rollout.height, rollout.width)
         velocity = partial(generator.velocity, remat=settings.remat)
         return Program(
             "NFT update",
             make_update(velocity, self.optimizer, settings, self.scale),
             (generator.params, self.state, conditioning, samples, self.key),
             fed=(samples, self.key),
-            flops=A * b * learning_flops(generator, settings, size, conditioning.context.shape[1]),
+            flops=A * b * learning_flops(generator, settings, size, conditioning),
             calls=settings.updates_per_epoch,
             limit="train.micro_batch",
         )

@@ -14,7 +14,6 @@ from firm_jax.data.images import from_array
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.generation import Generator, initial_noise
 from firm_jax.mesh import batch_size, shard_batch, to_host
-from firm_jax.models.layers import take_rows
 from firm_jax.rl.rewards import normalise
 from firm_jax.run import Run
 
@@ -29,19 +28,31 @@ RUBRICS = {
 OF_EDITS = ("execution", "consistency")
 
 
-def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter) -> Callable:
-    """`sample(lora, conditioning, prompt [M], number [M], key) -> (latents [M, h, w, C], images [M, H, W, 3])`.
+def conditioner(generator: Generator, settings, every: Sequence[PromptRecord]) -> Callable:
+    """`condition(records)`: what `generator.condition` makes of them.
 
-    settings: steps, solver, guidance, height, width, batch_size (images that one call of the program draws). `prompt`
-    is each image's row in `conditioning`; `number`, its number in the run, alone decides its noise. `lora` has its
-    strength folded in. Host arrays: final latents as the update wants them, images float32 in [0, 1], all NaN where
-    latents or pixels are not finite.
+    Its arrays have one shape whichever records of `every` are chosen, so the programs they go to are compiled once.
     """
-    negative = generator.encode_prompts([""], settings.max_text_tokens) if settings.guidance > 1 else None
+    sizes = [[(image.height, image.width) for image in record.images] for record in every] if generator.edits else None
+
+    def condition(records: Sequence[PromptRecord]):
+        return generator.condition([record.text for record in records], settings, sources_of(records), sizes)
+
+    return condition
+
+
+def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter) -> Callable:
+    """`sample(lora, conditioned, prompt [M], number [M], key) -> (latents [M, h, w, C], images [M, H, W, 3])`.
+
+    settings: steps, solver, guidance, height, width, batch_size (images that one call of the program draws).
+    `conditioned` is what `generator.condition` returns for the prompts, and `prompt` each image's row in it; `number`,
+    its number in the run, alone decides its noise. `lora` has its strength folded in. Host arrays: final latents as
+    the update wants them, images float32 in [0, 1], all NaN where latents or pixels are not finite.
+    """
     draw = make_draw(generator, settings)
 
-    def sample(lora, conditioning, prompt, number, key):
-        parts = []
+    def sample(lora, conditioned, prompt, number, key):
+        parts, (conditioning, negative) = [], conditioned
         size = drawn_together(len(number), settings.batch_size, batch_size(mesh))
         for chunk in progress(list(_chunks(len(number), size))):
             part = shard_batch((prompt[chunk], number[chunk]), mesh)
@@ -57,30 +68,30 @@ def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter
 def make_draw(generator: Generator, settings) -> Callable:
     """The jitted program of the sampler: `draw(params, lora, conditioning, negative, prompt, number, key)`.
 
-    negative: the conditioning of the empty prompt, None without guidance. Returns the final latents of the B samples.
+    conditioning, negative: as `generator.condition` returns them. Returns the final latents of the B samples.
     """
     sigmas = generator.sigmas(settings.steps, settings.height, settings.width)
     shape = generator.latent_shape(settings.height, settings.width)
 
     @jax.jit
     def draw(params, lora, conditioning, negative, prompt, number, key):
-        rows = jax.tree.map(lambda table: take_rows(table, prompt), conditioning)
+        rows, negative_rows = generator.take(conditioning, negative, prompt)
         noise = initial_noise(jax.random.fold_in(key, 0), number, shape)
         steps_key = jax.random.fold_in(key, 1)
         keys = jax.vmap(lambda n: jax.random.fold_in(steps_key, n))(number)
         with jax.named_scope("rollout"):
             return generator.rollout(
                 params, lora, noise, sigmas, rows,
-                guidance=settings.guidance, negative=negative, solver=settings.solver, key=keys,
+                guidance=settings.guidance, negative=negative_rows, solver=settings.solver, key=keys,
             )  # fmt: skip
 
     return draw
 
 
-def drawing_flops(generator: Generator, settings, text_tokens: int) -> int:
+def drawing_flops(generator: Generator, settings, conditioning) -> int:
     """The transformer's operations for one image, by our count: two passes a step with guidance."""
     passes = settings.steps * (2 if settings.guidance > 1 else 1)
-    return passes * generator.forward_flops(settings.height, settings.width, text_tokens)
+    return passes * generator.forward_flops(settings.height, settings.width, conditioning)
 
 
 def drawn_together(count: int, size: int, multiple: int) -> int:

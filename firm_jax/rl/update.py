@@ -105,13 +105,13 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
     return update
 
 
-def learning_flops(generator, settings, size: tuple[int, int], text_tokens: int) -> int:
+def learning_flops(generator, settings, size: tuple[int, int], conditioning) -> int:
     """The transformer's operations for one image of `size` (height, width), by our count.
 
     At each timestep a forward pass of the current, the old and the reference policy, and a backward pass through
     frozen weights; what is computed again to save memory is not counted.
     """
-    forward, backward = (count(*size, text_tokens) for count in (generator.forward_flops, generator.backward_flops))
+    forward, backward = (count(*size, conditioning) for count in (generator.forward_flops, generator.backward_flops))
     return settings.timesteps * (3 * forward + backward)
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from firm_jax.models import abstract, save_pretrained
@@ -30,6 +32,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -77,11 +81,14 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def write_critic_folder(folder: Path, texts: Iterable[str], miniature: dict, *, seed: int) -> None:
-    """Write the folder of an untrained miniature.
+def write_critic_folder(
+    folder: Path, texts: Iterable[str], miniature: dict, *, seed: int, base: Path | None = None
+) -> None:
+    """Write the folder of a miniature not yet trained.
 
     `miniature` holds `vocab_size` (of the learned part), `text` and `vision` (fields of Qwen3-VL's `text_config` and
     `vision_config`; the vocabulary and `out_hidden_size` follow from the rest), and `min_pixels` and `max_pixels`.
+    Its weights are random, or those of the miniature in the folder `base`, which must be of the same sizes.
     """
     folder = Path(folder)
     tokenizer = learn_tokenizer(texts, miniature["vocab_size"])
@@ -103,29 +110,50 @@ def write_critic_folder(folder: Path, texts: Iterable[str], miniature: dict, *, 
             "vision_end_token_id": end_id,
         }
     )
-    graphdef, _ = nnx.split(abstract(Qwen3VL, config))
-    params = jax.jit(lambda: _initial_params(config, seed))()
-    save_pretrained(nnx.merge(graphdef, params), folder)
-    processor = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen3VLProcessor",
-        "size": {"shortest_edge": miniature["min_pixels"], "longest_edge": miniature["max_pixels"]},
-        "patch_size": vision["patch_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-        "merge_size": vision["spatial_merge_size"],
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    _write(folder / "preprocessor_config.json", processor)
-    video = processor | {"video_processor_type": "Qwen3VLVideoProcessor"}
-    del video["image_processor_type"]
-    _write(folder / "video_preprocessor_config.json", video)
+    if base:
+        _write_with_vocabulary(folder, base, config, tokenizer)
+    else:
+        graphdef, _ = nnx.split(abstract(Qwen3VL, config))
+        save_pretrained(nnx.merge(graphdef, jax.jit(lambda: _initial_params(config, seed))()), folder)
+    write_image_processor(folder, "Qwen3VL", vision, miniature["min_pixels"], miniature["max_pixels"])
     ends = {
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": False,
     }
     _write(folder / "generation_config.json", ends)
+
+
+def write_image_processor(folder: Path, family: str, vision: dict, min_pixels: int, max_pixels: int) -> None:
+    """Write how images are cut for a vision tower: what `family` ("Qwen3VL", "Qwen2VL") has processors for."""
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": f"{family}Processor",
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    _write(folder / "preprocessor_config.json", images)
+    video = images | {"video_processor_type": f"{family}VideoProcessor"}
+    del video["image_processor_type"]
+    _write(folder / "video_preprocessor_config.json", video)
+
+
+def _write_with_vocabulary(folder: Path, base: Path, config: Qwen3VLConfig, tokenizer: Qwen2Tokenizer) -> None:
+    """The weights in `base` for another tokenizer: a token that is new to them has the mean of its pieces' rows."""
+    tensors, theirs = load_file(base / "model.safetensors"), AutoTokenizer.from_pretrained(base, local_files_only=True)
+    rows, known = tensors[EMBEDDING], theirs.get_vocab()
+
+    def row(token: str) -> np.ndarray:
+        pieces = [known[token]] if token in known else theirs(tokenizer.convert_tokens_to_string([token])).input_ids
+        return rows[pieces].mean(axis=0)
+
+    tensors[EMBEDDING] = np.stack([row(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write(folder / "config.json", config.to_hf() | {"dtype": str(rows.dtype)})
 
 
 def _initial_params(config: Qwen3VLConfig, seed: int):
