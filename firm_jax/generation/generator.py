@@ -85,7 +85,7 @@ class Generator:
         Args:
             prompts: B texts; B times the same one gives B different images.
             images: of editing pipelines, for each prompt its source image or the list of them (Pillow images, or
-                arrays [H, W, 3], uint8 or float in [0, 1]).
+                arrays [H, W, 3], uint8 or float in [0, 1]); of a single prompt also just its images.
             steps: network evaluations (two forward passes each with guidance).
             guidance: strength of classifier-free guidance against the empty prompt; at 1 and below there is none.
                 Qwen-Image's keeps the velocity's norm ("true CFG").

@@ -276,6 +276,9 @@ class QwenImageEditGenerator(QwenImageGenerator):
 
     def _pictures(self, prompts, images, settings) -> list[list]:
         """The source images of each prompt, cropped where that is asked for."""
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        if len(prompts) == 1 and not any(isinstance(own, list | tuple) for own in images):
+            images = [images]  # several of the one prompt
         if len(images) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts need the source images of as many, not of {len(images)}")
         crop_to = (settings.height, settings.width) if settings.crop_sources else None
