@@ -12,6 +12,7 @@ from firm_jax.errors import ConfigError
 from firm_jax.mesh import make_mesh
 from firm_jax.models import attention as module
 from firm_jax.models.attention import attention
+from firm_jax.models.layers import split_heads
 
 B, S, T, N, K, H = 2, 5, 7, 4, 2, 6
 
@@ -155,6 +156,23 @@ def test_splash_lowers_for_a_tpu_and_keeps_the_sharding(masked):
 def test_xla_keeps_the_sharding():
     _, [out] = lowered("xla", "cpu", 6, True)
     assert out.sharding.spec == P(("data", "fsdp"), None, "tensor", None)
+
+
+@pytest.mark.parametrize("keys", [1, 2])
+def test_a_batch_of_one_keeps_the_sharding(keys):
+    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    spec = P(("data", "fsdp"), None, None, None)
+    with jax.set_mesh(mesh):
+        q, k = (jax.device_put(normal(1, S, heads * 4), jax.NamedSharding(mesh, P(*spec[:3]))) for heads in (2, keys))
+        types = []
+
+        def loss(q):
+            split = split_heads(q, 2, shared=keys), split_heads(k, keys)
+            types.extend(jax.typeof(x) for x in (*split, attention(split[0], split[1], split[1])))
+            return attention(split[0], split[1], split[1]).sum()
+
+        gradient = jax.jit(jax.grad(loss))(q)
+    assert [kind.sharding.spec[0] for kind in types] == [spec[0]] * 3 and gradient.sharding.spec[0] == spec[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from firm_jax.errors import ConfigError
+from firm_jax.models.layers import group_heads, join_heads
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _BLOCK = 128  # splash: lengths are padded to a multiple of this
@@ -59,10 +60,9 @@ def attention(
 
 
 def _xla(q, k, v, segments, causal, positions, bias, scale):
-    B, S, N, H = q.shape
+    S, N = q.shape[1:3]
     T, K = k.shape[1:3]
-    grouped = q.reshape(B, S, K, N // K, H)
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", grouped, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("BSKGH,BTKH->BKGST", group_heads(q, K), k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], K, N // K, S, T).astype(jnp.float32)
     seen = visible(segments, causal, positions, S, T)
@@ -73,7 +73,7 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     if seen is not None:
         weights = jnp.where(seen, weights, 0.0)
     out = jnp.einsum("BKGST,BTKH->BSKGH", weights.astype(v.dtype), v)
-    return out.reshape(B, S, N, H)
+    return join_heads(out)
 
 
 def visible(segments, causal: bool, positions, S: int, T: int):

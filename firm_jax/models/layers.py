@@ -108,7 +108,8 @@ def split_heads(x, heads: int, shared: int | None = None):
         leading = _spec(x)[:-1]
         divides = (shared or heads) % mesh.shape["tensor"] == 0 and "tensor" not in _axes(leading)
         x = jax.sharding.reshard(x, P(*leading, "tensor" if divides else None))
-    return x.reshape(*x.shape[:-1], heads, -1)
+    # Said, because dimensions of 1 are otherwise mistaken for each other, and a batch of one loses its axes.
+    return jnp.reshape(x, (*x.shape[:-1], heads, x.shape[-1] // heads), out_sharding=output_sharding(x, x.ndim))
 
 
 def rotate(x, cos, sin):
@@ -129,6 +130,18 @@ def zeros_beside(x, shape, dtype, *spec):
 
     fitting = [entry if divides(entry, size) else None for entry, size in zip(spec, shape, strict=True)]
     return jnp.zeros(shape, dtype, out_sharding=NamedSharding(mesh, P(*fitting)))
+
+
+def group_heads(x, keys: int):
+    """x [B, T, N, H] -> [B, T, K, N / K, H], each group where its key's head is; `join_heads` undoes it."""
+    B, T, N, H = x.shape
+    return jnp.reshape(x, (B, T, keys, N // keys, H), out_sharding=output_sharding(x, 3))
+
+
+def join_heads(x):
+    """x [B, T, K, G, H] -> [B, T, K * G, H], split as it was."""
+    B, T, K, G, H = x.shape
+    return jnp.reshape(x, (B, T, K * G, H), out_sharding=output_sharding(x, 3))
 
 
 def reshape(x, *shape):
