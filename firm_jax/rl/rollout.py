@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from firm_jax.critic import Critic, Judgement
 from firm_jax.data.edits import EditRecord
 from firm_jax.data.images import from_array
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.generation import Generator, initial_noise
+from firm_jax.generation.sources import cropped_size, resized, to_image
 from firm_jax.mesh import batch_size, shard_batch, to_host
 from firm_jax.rl.rewards import normalise
 from firm_jax.run import Run
@@ -139,8 +140,8 @@ def shown_sources(records: Sequence[PromptRecord], settings) -> list[list[np.nda
 
 
 def _shown(image: Image.Image, settings) -> np.ndarray:
-    height, width = shown_size(image.height, image.width, settings)
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    kept = to_image(image, (settings.height, settings.width) if settings.crop_sources else None)
+    return np.asarray(resized(kept, shown_size(image.height, image.width, settings)))
 
 
 def shown_size(height: int, width: int, settings) -> tuple[int, int]:
@@ -150,8 +151,7 @@ def shown_size(height: int, width: int, settings) -> tuple[int, int]:
     cropped source has.
     """
     if settings.crop_sources:
-        scale = min(height / settings.height, width / settings.width)
-        height, width = settings.height * scale, settings.width * scale
+        height, width = cropped_size(height, width, (settings.height, settings.width))
     scale = min(1, math.sqrt(settings.source_area / (height * width)))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
