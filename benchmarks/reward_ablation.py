@@ -78,7 +78,8 @@ def command(task: Task, reward: str, workdir: Path, epochs: int, seed: int) -> l
     return [
         sys.executable, str(ROOT / "main.py"), "--config", task.config, "--workdir", str(workdir),
         f"--config.reward.name={name}", f"--config.reward.weights={dict(weights)}", f"--config.seed={seed}",
-        f"--config.train.epochs={epochs}", f"--config.eval.every={max(1, epochs // EVALUATIONS)}",
+        f"--config.train.epochs={epochs}", f"--config.eval.every={-(-epochs // EVALUATIONS)}",
+        "--config.eval.images_per_prompt=1",
     ]  # fmt: skip
 
 

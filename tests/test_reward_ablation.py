@@ -30,7 +30,8 @@ def test_the_job_takes_every_command(name, reward, tmp_path, monkeypatch):
     assert parse_flags(["main.py", *arguments], values) == ["main.py"]
     config = values["config"].value
     check_config(config)
-    assert (config.train.epochs, config.eval.every, config.seed, config.eval.oracle) == (7, 2, 3, True)
+    assert (config.train.epochs, config.eval.every, config.seed, config.eval.oracle) == (7, 3, 3, True)
+    assert config.eval.images_per_prompt == 1
     judged = {f"eval/{criterion}" for criterion in resolve_reward(config.reward.name, config.reward.weights).criteria}
     assert {metric for metric in TASKS[name].metrics if "oracle" not in metric} <= judged
 
