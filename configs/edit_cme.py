@@ -117,7 +117,7 @@ def code() -> ConfigDict:
     config.eval.every = 1200
     for section in (config.rollout, config.eval):
         section.crop_sources = True  # to the square of the edited picture; the paper is silent
-        section.max_text_tokens = 50  # of its 256, the source image takes the others
+        section.max_text_tokens = 256 - 196  # of its 256 a square source image takes 196
     return config
 
 

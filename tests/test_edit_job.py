@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,9 @@ from firm_jax.config import all_keys, load_config
 from firm_jax.errors import ConfigError, DataError
 from firm_jax.generation import generator as generators
 from firm_jax.generation.sd3 import SD3Generator
+from firm_jax.mesh import make_mesh
 from firm_jax.rl import job, train
+from firm_jax.rl.programs import RLPrograms
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {name: ROOT / "configs" / f"{name}.py" for name in ("gen_qma", "edit_cme")}
@@ -202,6 +205,14 @@ def test_what_does_not_go_with_an_editing_pipeline_is_told_first(
     with pytest.raises(ConfigError, match=named):
         train.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.fault("wrong-config")
+def test_a_plan_tells_it_too():
+    config = load_config(str(CONFIGS["gen_qma"]))
+    config.model = "Qwen/Qwen-Image-Edit-2509"
+    with pytest.raises(ConfigError, match=r"'qma' asks for instruction, quality.*edits source images"):
+        RLPrograms(config, make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("variant", ["", ":code", ":tiny"])

@@ -74,11 +74,10 @@ def config_for(world, epochs):
 def run(config, workdir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "Critic", WritingCritic)
-        patch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:2]))
         train.train(config, str(workdir))
 
 
-@pytest.mark.fault("killed")
 def test_two_epochs_of_editing_move_the_policy_and_a_pause_between_them_changes_nothing(world, tmp_path):
     run(config_for(world, 2), tmp_path / "whole")
     before, *epochs = lines(tmp_path / "whole" / "metrics.jsonl")

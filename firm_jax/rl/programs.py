@@ -20,7 +20,7 @@ from firm_jax.mesh import batch_size
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
 from firm_jax.plan import Program
 from firm_jax.published import PIPELINES, published
-from firm_jax.rl.job import check_config
+from firm_jax.rl.job import check_config, check_editing
 from firm_jax.rl.rewards import resolve_reward
 from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, micro_batches
@@ -37,6 +37,7 @@ class RLPrograms:
         check_config(config)
         self.config, self.mesh, self.devices = config, mesh, batch_size(mesh)
         self.generator = abstract_generator(config.model, config.dtype, mesh)
+        check_editing(config, resolve_reward(config.reward.name, config.reward.weights), self.generator.edits)
         for section in (config.rollout, config.eval):
             self.generator.latent_shape(section.height, section.width)
         self.critic = AbstractCritic(config.critic, config.dtype, mesh)
