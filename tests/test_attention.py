@@ -17,7 +17,7 @@ from firm_jax.models.layers import split_heads
 B, S, T, N, K, H = 2, 5, 7, 4, 2, 6
 
 
-def by_hand(q, k, v, *, segments=None, causal=False, positions=None, bias=None, scale=None):
+def by_hand(q, k, v, *, segments=None, causal=False, offset=0, positions=None, bias=None, scale=None):
     """One query at a time, in float64."""
     out = np.zeros(q.shape)
     for b, s, n in np.ndindex(q.shape[:3]):
@@ -29,7 +29,7 @@ def by_hand(q, k, v, *, segments=None, causal=False, positions=None, bias=None, 
         if segments is not None:
             seen &= (segments[1][b] == segments[0][b, s]) & (segments[1][b] != 0)
         if causal:
-            seen &= np.arange(len(keys)) <= (s if positions is None else positions[b, s])
+            seen &= np.arange(len(keys)) <= (offset + s if positions is None else positions[b, s])
         if seen.any():
             weights = np.where(seen, np.exp(score - score[seen].max()), 0)
             out[b, s, n] = weights @ values / weights.sum()
@@ -57,6 +57,7 @@ SEGMENTS = (np.array([[1, 1, 2, 3, 0], [2, 2, 2, 0, 0]]), np.array([[1, 2, 2, 1,
         {"causal": True},
         {"segments": SEGMENTS},
         {"segments": SEGMENTS, "causal": True},
+        {"segments": SEGMENTS, "causal": True, "offset": 2},
         {"causal": True, "positions": np.array([[6, 0, 3, 3, 5], [1, 2, 3, 4, 5]])},
         {"bias": normal(1, N, S, T, seed=3)},
         {"bias": normal(B, N, S, T, seed=3), "segments": SEGMENTS},
@@ -108,7 +109,11 @@ def with_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
 
 
-@pytest.mark.parametrize("given", [{}, {"segments": SEGMENTS, "causal": True}], ids=["plain", "segments"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"segments": SEGMENTS, "causal": True}, {"segments": SEGMENTS, "causal": True, "offset": 2}],
+    ids=["plain", "segments", "behind a cache"],
+)
 def test_splash_pads_and_masks_like_xla(interpreted, qkv, given):
     half = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
     got = attention(*half, implementation="splash", **given)
@@ -117,21 +122,27 @@ def test_splash_pads_and_masks_like_xla(interpreted, qkv, given):
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=0.03)
 
 
-def lowered(implementation: str, platform: str, length: int, masked: bool) -> tuple[str, list]:
-    """The program of attention and its gradient on a mesh of eight, and the types of its outputs."""
+def lowered(implementation: str, platform: str, length: int, masked: bool, offset: int = 0) -> tuple[str, list]:
+    """The program of attention and its gradient on a mesh of eight, and the types of its outputs.
+
+    offset: there are as many keys more than queries, and attention is causal behind them.
+    """
     mesh, types = make_mesh(data=2, fsdp=2, tensor=2), []
 
     def array(shape, dtype, *spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P(("data", "fsdp"), *spec)))
 
-    def loss(q, k, v, ids):
-        out = attention(q, k, v, segments=(ids, ids) if masked else None, implementation=implementation)
+    def loss(q, k, v, *segments):
+        given = {"segments": segments if masked else None, "causal": offset > 0, "offset": offset}
+        out = attention(q, k, v, implementation=implementation, **given)
         types.append(jax.typeof(out))
         return out.astype(jnp.float32).sum()
 
-    q, k = (array((8, length, heads, 64), jnp.bfloat16, None, "tensor") for heads in (4, 2))
+    lengths = (length, length + offset)
+    q, k = (array((8, S, N, 64), jnp.bfloat16, None, "tensor") for S, N in zip(lengths, (4, 2), strict=True))
+    segments = [array((8, S), jnp.int32) for S in lengths]
     with jax.set_mesh(mesh):
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, array((8, length), jnp.int32))
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, *segments)
         return traced.lower(lowering_platforms=(platform,)).as_text(), types
 
 
@@ -146,8 +157,15 @@ def test_cudnn_lowers_for_a_gpu_and_keeps_the_sharding(with_cudnn, length, maske
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_splash_lowers_for_a_tpu_and_keeps_the_sharding(masked):
-    program, types = lowered("splash", "tpu", 37, masked)
+def test_cudnn_masks_behind_a_cache_by_itself_only_from_the_first_key_on(with_cudnn, masked):
+    program, _ = lowered("cudnn", "cuda", 37, masked, offset=27)
+    assert "fmhaScaleBias" in program and "CAUSAL" not in program
+
+
+@pytest.mark.parametrize("offset", [0, 27])
+@pytest.mark.parametrize("masked", [False, True])
+def test_splash_lowers_for_a_tpu_and_keeps_the_sharding(masked, offset):
+    program, types = lowered("splash", "tpu", 37, masked, offset)
     assert program.count("tpu_custom_call") >= 2
     [out] = types
     assert out.shape == (8, 37, 4, 64) and out.sharding.spec == P(("data", "fsdp"), None, "tensor", None)

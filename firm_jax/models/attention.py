@@ -34,6 +34,7 @@ def attention(
     *,
     segments=None,
     causal: bool = False,
+    offset: int = 0,
     positions=None,
     bias=None,
     scale=None,
@@ -42,9 +43,10 @@ def attention(
     """Softmax attention, softmax in float32.
 
     q [B, S, N, H]; k, v [B, T, K, H] with N a multiple of K (grouped heads). `segments`: None, or a pair of int
-    arrays ([B, S], [B, T]); 0 marks padding. `causal`: a query sees keys whose index is not above its own;
-    `positions` [B, S] gives the queries' indices when they are not 0..S-1 (decoding against a cache). `bias`
-    [1 or B, N, S, T] is added to the scores. `scale` defaults to H ** -0.5. Returns [B, S, N, H].
+    arrays ([B, S], [B, T]); 0 marks padding. `causal`: a query sees keys whose index is not above its own, which is
+    `offset` for the first query (reading on behind a cache); `positions` [B, S] gives the queries' indices when they
+    are not in a row, or not known to the program (decoding). `bias` [1 or B, N, S, T] is added to the scores. `scale`
+    defaults to H ** -0.5. Returns [B, S, N, H].
 
     A query that sees no key at all returns zeros under every implementation. `bias`, `positions` and float32
     inputs are served by `xla` whatever is asked for: no kernel takes them.
@@ -54,9 +56,10 @@ def attention(
         raise ConfigError(f"unknown attention implementation {implementation!r}; choose from {IMPLEMENTATIONS}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "xla" or bias is not None or positions is not None or q.dtype == jnp.float32:
+        positions = _places(q, offset) if positions is None else positions
         return _xla(q, k, v, segments, causal, positions, bias, scale)
     kernel = {"cudnn": _cudnn, "splash": _splash}[implementation]
-    return _sharded(kernel, q, k, v, segments, causal, scale)
+    return _sharded(kernel, q, k, v, segments, causal, offset, scale)
 
 
 def _xla(q, k, v, segments, causal, positions, bias, scale):
@@ -65,7 +68,7 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     scores = jnp.einsum("BSKGH,BTKH->BKGST", group_heads(q, K), k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], K, N // K, S, T).astype(jnp.float32)
-    seen = visible(segments, causal, positions, S, T)
+    seen = visible(segments, positions if causal else None, T)
     if seen is not None:
         seen = seen[:, None, None]
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
@@ -76,28 +79,30 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     return join_heads(out)
 
 
-def visible(segments, causal: bool, positions, S: int, T: int):
-    """Which keys each query sees, bool [1 or B, S, T]; None when all."""
+def visible(segments, positions, T: int):
+    """Which of T keys each query sees, bool [1 or B, S, T]; None when all.
+
+    positions [1 or B, S]: the last key that each may see; None where nothing is causal.
+    """
     seen = None
     if segments is not None:
         q_segments, kv_segments = segments
         seen = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments != 0)[:, None, :]
-    if causal:
-        index = jnp.arange(S)[None] if positions is None else positions
-        below = jnp.arange(T)[None, None, :] <= index[:, :, None]
+    if positions is not None:
+        below = jnp.arange(T)[None, None, :] <= positions[:, :, None]
         seen = below if seen is None else seen & below
     return seen
 
 
-def _sharded(kernel, q, k, v, segments, causal, scale):
+def _sharded(kernel, q, k, v, segments, causal, offset, scale):
     """The kernel on each device's own batch and heads; zeros where a query sees nothing, whatever it makes of that."""
     mesh = jax.typeof(q).sharding.mesh
 
     def local(q, k, v, segments):
-        out = kernel(q, k, v, segments, causal, scale)
+        out = kernel(q, k, v, segments, causal, offset, scale)
         if segments is None:
             return out
-        sees = visible(segments, causal, None, q.shape[1], k.shape[1]).any(-1)
+        sees = visible(segments, _places(q, offset) if causal else None, k.shape[1]).any(-1)
         return jnp.where(sees[:, :, None, None], out, 0)
 
     if mesh.empty:
@@ -111,26 +116,34 @@ def _sharded(kernel, q, k, v, segments, causal, scale):
     )
 
 
+def _places(q, offset: int):
+    """The queries' indices [1, S], in a row from `offset` on."""
+    return offset + jnp.arange(q.shape[1])[None]
+
+
 def _pad(x, multiple: int):
     """x [B, S, ...] with zeros behind, S a multiple; in segment ids, zeros are padding."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _cudnn(q, k, v, segments, causal, scale):
+def _cudnn(q, k, v, segments, causal, offset, scale):
     B, S, T = *q.shape[:2], k.shape[1]
     q, k, v = (_pad(x, 2) for x in (q, k, v))  # its backward pass takes even lengths only
-    if segments is not None:
+    shifted = causal and offset > 0  # its own causal mask begins with the first key
+    if segments is not None or shifted:
         # A mask becomes a bias as large as the scores: only where there is something to mask.
-        given = {"mask": visible([_pad(ids, 2) for ids in segments], False, None, q.shape[1], k.shape[1])[:, None]}
+        segments = segments and [_pad(ids, 2) for ids in segments]
+        given = {"mask": visible(segments, _places(q, offset) if shifted else None, k.shape[1])[:, None]}
     elif S % 2 or T % 2:
         given = {"query_seq_lengths": jnp.full(B, S, jnp.int32), "key_value_seq_lengths": jnp.full(B, T, jnp.int32)}
     else:
         given = {}
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, scale=scale, implementation="cudnn", **given)
+    own = causal and not shifted
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=own, scale=scale, implementation="cudnn", **given)
     return out[:, :S]
 
 
-def _splash(q, k, v, segments, causal, scale):
+def _splash(q, k, v, segments, causal, offset, scale):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -141,7 +154,7 @@ def _splash(q, k, v, segments, causal, scale):
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     q, k, v, *segments = (_pad(x, _BLOCK) for x in (q, k, v, *segments))
     shape = (q.shape[1], k.shape[1])
-    mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    mask = masks.CausalMask(shape, offset) if causal else masks.FullMask(shape)
     kernel = splash.make_splash_mha_single_device(masks.MultiHeadMask([mask] * N))
     heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
     return jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(*segments)).swapaxes(1, 2)[:, :S]

@@ -226,11 +226,10 @@ class Qwen3VL(nnx.Module):
 
         cache {"k", "v": [L, B, S, K, H]} (see `init_cache`): new keys are written at slots cache_index ..
         cache_index + T, and the tokens see the slots whose kv_segments [B, S] equals their segment. cache_index is
-        one scalar for the batch; the Python int 0 says that the T new keys are all there are to see, which lets the
-        fast attention kernels serve a prefill. `remat`: see `layers.scan_layers`.
+        one scalar for the batch; a Python int tells the program how many slots there are to see, which lets the fast
+        attention kernels serve a prefill. `remat`: see `layers.scan_layers`.
         """
         cos, sin = rotary_tables(positions, self.config.text, embeddings.dtype)
-        starts = isinstance(cache_index, int) and cache_index == 0
         B, T = segments.shape
 
         def attend(q, k, v, cache, layer):
@@ -241,12 +240,20 @@ class Qwen3VL(nnx.Module):
                 name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
                 for name, new in (("k", k), ("v", v))
             }
-            if starts:
-                return attention(q, k, v, segments=(segments, kv_segments[:, :T]), causal=True), cache
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
-            slots = jnp.broadcast_to(cache_index + jnp.arange(T), (B, T))
-            k, v, pair = k.astype(q.dtype), v.astype(q.dtype), (segments, kv_segments)
-            return attention(q, k, v, segments=pair, causal=True, positions=slots), cache
+            end = cache_index + T
+            if not isinstance(cache_index, int):
+                slots = jnp.broadcast_to(cache_index + jnp.arange(T), (B, T))
+                k, v = in_slots(cache, layer, kv_segments.shape[1])
+                return attention(q, k, v, segments=(segments, kv_segments), causal=True, positions=slots), cache
+            if cache_index > 0:
+                k, v = in_slots(cache, layer, end)
+            return attention(q, k, v, segments=(segments, kv_segments[:, :end]), causal=True, offset=cache_index), cache
+
+        def in_slots(cache, layer, end):
+            """The layer's keys and values up to slot `end`."""
+            for name in ("k", "v"):
+                own = jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
+                yield own[:, :end].astype(embeddings.dtype)
 
         def body(block, carry, layer):
             x, cache = carry
