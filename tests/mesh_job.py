@@ -44,7 +44,7 @@ TEXT = {
     "rope_parameters": MINIATURE["text"]["rope_parameters"] | {"mrope_section": [4, 3, 3]},
 }
 VISION = {"hidden_size": 40, "intermediate_size": 56}
-RUBRIC = "{prompt}: " + "words that make the question longer than a power of two "
+RUBRIC = "{prompt}: " + "words that make the question longer than a power of two and a half of it: "
 
 
 def write_world(folder: Path) -> Path:

@@ -1,5 +1,7 @@
 """The critic on its own: batching, dropping of ended rows, sharding, judgements."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from critic_miniature import REQUESTS, picture, write_miniature
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from firm_jax.critic import Critic, decode
 from firm_jax.critic.decode import Generation
+from firm_jax.critic.prefixes import CHOICES, GROUP, PICTURE, plan_batches
 from firm_jax.critic.processing import Processor
 from firm_jax.critic.rubric import rubrics_from
 from firm_jax.errors import ConfigError, DataError, WeightsError
@@ -95,16 +98,75 @@ def test_equal_images_are_encoded_once(critic, monkeypatch):
 
     monkeypatch.setattr(decode, "encode_images", counted)
     generate(critic, REQUESTS, max_new_tokens=1)
-    assert encoded == [4]  # five images, of which two are equal
+    assert sum(encoded) == 4  # five images, of which two are equal
+
+
+def edits() -> list[dict]:
+    """Groups of three, two and three edits, each judged by two criteria, and requests that show one picture or none.
+
+    The second source is larger than the others; one edit left its source as it was.
+    """
+    sources = [picture(10, 30, 22), picture(20, 44, 40), picture(30, 24, 28)]
+    seeds = [(11, 12), (21, 22), (31, 32, 33)]
+    edited = [[picture(seed, 37, 22) for seed in group] for group in seeds]
+    edited[0].append(sources[0])
+    requests = []
+    for text in ("executed? Rate the edit", "are all the other things as they were? Rate it"):
+        for source, candidates in zip(sources, edited, strict=True):
+            requests += [{"images": [source, candidate], "text": text} for candidate in candidates]
+        requests += [{"images": [sources[0]], "text": text}, {"images": [], "text": text}]
+    return requests
+
+
+@pytest.fixture(scope="module")
+def edits_alone(folder):
+    """What is written when every request is read whole."""
+    critic = Critic.from_pretrained(folder, dtype="float32", max_batch=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "plan_batches", partial(plan_batches, choices=((),)))
+        return generate(critic, edits(), max_new_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("levels", "max_batch"),
+    [((GROUP, PICTURE), 4), ((GROUP,), 32)],
+    ids=["both levels, over the borders of batches", "one level, pictures on both sides"],
+)
+def test_what_is_shared_changes_no_answer(folder, edits_alone, monkeypatch, levels, max_batch):
+    monkeypatch.setattr(decode, "plan_batches", partial(plan_batches, choices=(levels,)))
+    critic = Critic.from_pretrained(folder, dtype="float32", max_batch=max_batch)
+    assert_same(generate(critic, edits(), max_new_tokens=16), edits_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests_are_answered_alike(folder, monkeypatch, seed):
+    """Groups, sizes, texts and limits of batches drawn at random, at all choices of levels."""
+    rng = np.random.default_rng(seed)
+    pictures = [picture(number, *rng.integers(16, 64, 2)) for number in range(6)]
+    requests = [
+        {"images": [pictures[number] for number in rng.integers(6, size=rng.integers(4))], "text": text}
+        for text in ["a red circle " * int(rng.integers(1, 8)) for _ in range(int(rng.integers(2, 4)))]
+        for _ in range(int(rng.integers(4, 9)))
+    ]
+    answers = []
+    for levels in CHOICES:
+        monkeypatch.setattr(decode, "plan_batches", partial(plan_batches, choices=(levels,)))
+        critic = Critic.from_pretrained(folder, dtype="float32", max_batch=2 ** int(rng.integers(1, 6)))
+        answers.append(generate(critic, requests))
+    for found in answers[1:]:
+        assert_same(found, answers[0])
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}])
-def test_eight_devices_write_the_same(folder, generations, axes):
+def test_eight_devices_write_the_same(folder, edits_alone, monkeypatch, axes):
+    """Four parts of a mesh, whose groups go over borders of parts and of batches."""
+    monkeypatch.setattr(decode, "plan_batches", partial(plan_batches, choices=((GROUP, PICTURE),)))
     mesh = make_mesh(**axes)
-    sharded = Critic.from_pretrained(folder, dtype="float32", mesh=mesh, max_batch=8)
+    sharded = Critic.from_pretrained(folder, dtype="float32", mesh=mesh, max_batch=16)
     kernel = sharded.decoder.params["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert kernel[...].sharding.spec == P(None, "fsdp", "tensor")
-    assert_same(generate(sharded, REQUESTS), generations)
+    assert_same(generate(sharded, edits(), max_new_tokens=16), edits_alone)
 
 
 def answering(critic, monkeypatch, text: str, probabilities, finish_reason="stop"):

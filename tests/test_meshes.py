@@ -68,7 +68,7 @@ GATHERED = re.compile(
 )
 # Which parameters a program is given; every other program of the job may hold none.
 GIVEN = {"draw": "generator", "update": "generator", "encode_images": "visual"} | dict.fromkeys(
-    ("embed", "prefill", "decode_chunk"), "language_model"
+    ("embed", "read_prefixes", "prefill", "decode_chunk"), "language_model"
 )
 
 

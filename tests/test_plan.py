@@ -8,7 +8,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import pytest
-from critic_miniature import write_miniature
+from critic_miniature import picture, write_miniature
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_pipeline import tiny_generator
@@ -16,8 +16,10 @@ from tiny_pipeline import tiny_generator
 import firm_jax.critic.programs
 from firm_jax import plan as planning
 from firm_jax import topology
+from firm_jax.abstract import outputs
 from firm_jax.config import load_config
-from firm_jax.critic import decode
+from firm_jax.critic import Critic, decode
+from firm_jax.critic.programs import AbstractCritic
 from firm_jax.errors import ConfigError, WeightsError
 from firm_jax.generation.sd3 import SD3Generator
 from firm_jax.mesh import make_mesh
@@ -256,11 +258,57 @@ def test_what_is_planned_is_what_the_job_runs(world, four_devices, monkeypatch, 
 
     programs = {p.name: p for p in RLPrograms(world, make_mesh(**world.mesh, devices=jax.devices()[:4])).programs()}
     assert set(given) == set(programs) - {"critic: drop ended"}
-    for name, (arguments, keywords) in given.items():
-        planned, real = leaves(programs[name].arguments), leaves(arguments)
-        assert len(planned) == len(real), name
-        assert [pair for pair in zip(planned, real, strict=True) if not same(*pair)] == [], name
-        assert dict(programs[name].keywords) == keywords, name
+    for name, call in given.items():
+        assert_planned(programs[name], *call)
+
+
+def assert_planned(program: Program, arguments: tuple, keywords: dict):
+    planned, real = leaves(program.arguments), leaves(arguments)
+    assert len(planned) == len(real), program.name
+    assert [pair for pair in zip(planned, real, strict=True) if not same(*pair)] == [], program.name
+    assert dict(program.keywords) == keywords, program.name
+
+
+def test_what_is_planned_for_edits_is_what_the_critic_runs(world, monkeypatch, tmp_path):
+    """Two sources with six edits each, judged by two criteria in two batches; the programs are traced, not run."""
+    mesh = make_mesh(**world.mesh, devices=jax.devices()[:4])
+    run: list[tuple] = []
+
+    def traced(function):
+        def call(*arguments, **keywords):
+            run.append((function, arguments, keywords))
+            fixed = arguments[: function is not decode.copy_prefixes]  # the graph, where there is one
+            return outputs(mesh, lambda *given: function(*fixed, *given, **keywords), *arguments[len(fixed) :])
+
+        return call
+
+    criteria = ["edit_execution", "edit_consistency"]
+    for name, words in zip(criteria, ("Has it been done?", "Is the rest as it was?"), strict=True):
+        (tmp_path / f"{name}.txt").write_text(f"{words} {{prompt}}")
+    settings = world.critic.copy_and_resolve_references()
+    settings.rubrics = str(tmp_path)
+    critic = Critic.from_pretrained(settings.model, dtype="float32", mesh=mesh, rubrics=tmp_path, max_batch=16)
+    shown = [[picture(source, 60, 70), picture(10 * (source + 1) + n, 64, 64)] for source in range(2) for n in range(6)]
+    texts = [critic.rubrics[name].fill("a red circle", "") for name in criteria]
+    prompts = [critic.processor.sequence(images, text) for text in texts for images in shown]
+    for name in ("encode_images", "embed", "read_prefixes", "copy_prefixes", "prefill"):
+        monkeypatch.setattr(decode, name, traced(getattr(decode, name)))
+    monkeypatch.setattr(critic.decoder, "_decode", lambda state, stage, _: [None] * sum(map(len, stage.pieces)))
+    critic.decoder.generate(prompts, 20)
+    monkeypatch.undo()
+
+    monkeypatch.setattr(firm_jax.critic.programs, "PROMPT_TOKENS", 4)
+    planned = AbstractCritic(settings, "float32", mesh)
+    programs = [*planned.programs(12, (64, 64), criteria, sources=[(70, 60)], candidates=6)]
+    assert [program.name.removeprefix("critic: ") for program in programs] == [
+        *("source vision", "source splice", "source prefill", "source kept"),
+        *("picture vision", "picture splice", "picture copies", "picture prefill"),
+        *("splice", "copies", "prefill", "decode", "drop ended"),
+    ]
+    assert len(run) > len(programs)  # of two batches
+    for program, (function, arguments, keywords) in zip(programs[:-2], run, strict=False):
+        assert program.function is function
+        assert_planned(program, arguments, keywords)
 
 
 def test_a_plan_compiles_every_program_and_says_whether_they_fit(world, four_devices, monkeypatch, capsys):

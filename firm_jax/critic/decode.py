@@ -1,10 +1,11 @@
 """Greedy generation in batches: vision encode, embed and splice, prefill, and decoding in chunks of steps.
 
-Every shape comes from a few buckets, so few programs are compiled. Prompts are padded on the left; all rows write
-the same cache slot. Between chunks, rows that have ended are dropped from the batch, so they stop costing.
+What several prompts begin with is read once, in a row of its own, whose keys and values are copied before theirs are
+read (see `prefixes`). Every shape comes from a few buckets, so few programs are compiled. What a row reads is padded on
+the left; all rows write the same cache slot. Between chunks, rows that have ended are dropped from the batch, so they
+stop costing.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,9 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from firm_jax.critic.prefixes import GROUP, Batch, Stage, plan_batches
 from firm_jax.critic.processing import Sequence, collate, image_table
-from firm_jax.data.patches import padded, power_of_two
-from firm_jax.mesh import BATCH_AXES, batch_size, shard_batch, to_host
+from firm_jax.data.patches import power_of_two
+from firm_jax.mesh import BATCH_AXES, batch_size, on_mesh, shard_batch, to_host
 from firm_jax.models.layers import zeros_beside
 
 CHUNK = 16  # decoding steps between two looks at which rows have ended
@@ -62,30 +64,91 @@ def embed(graphdef, params, ids, image_index, vision):
     return model.splice(ids, *vision, image_index)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "new_slots"))
-def prefill(graphdef, params, embeddings, deepstack, positions, segments, next_position, *, new_slots: int):
-    """Read the prompts; returns the decoding state, with room for `new_slots` tokens in the cache."""
+@partial(jax.jit, static_argnames=("slots", "room"))
+def copy_prefixes(tables, rows, *, slots: int, room: int):
+    """The prefixes that the rows of a batch go on from: {"cache", "kv_segments"}, with `room` free slots in the cache.
+
+    tables: one or more of the same. rows int32, split as the batch is: which row each takes, counted on its own device
+    through all the tables; -1 for none. slots: of the prefixes, whose tokens are in the last ones of a table. No device
+    gets a row of another.
+    """
+
+    def last(x, axis):
+        x = jax.lax.slice_in_dim(x, max(x.shape[axis] - slots, 0), x.shape[axis], axis=axis)
+        return _with_zeros(x, axis, (slots - x.shape[axis], 0))
+
+    def copy(tables, rows):
+        there, rows = rows >= 0, jnp.maximum(rows, 0)
+        segments = jnp.concatenate([last(table["kv_segments"], 1) for table in tables])[rows]
+        cache = {}
+        for name in ("k", "v"):
+            every = jnp.concatenate([last(table["cache"][name], 2) for table in tables], axis=1)
+            copied = jnp.where(there[:, None, None, None], every[:, rows], 0)
+            cache[name] = _with_zeros(copied, 2, (0, room))
+        return {"cache": cache, "kv_segments": jnp.where(there[:, None], segments, 0)}
+
+    return _on_each_device(copy, tables[0], tables, rows)
+
+
+def _with_zeros(x, axis: int, around: tuple[int, int]):
+    """x with so many zeros before and behind it along an axis."""
+    return jnp.pad(x, [around if dimension == axis else (0, 0) for dimension in range(x.ndim)])
+
+
+def _on_each_device(function, like, *arguments):
+    """`function` of every device's own part of the arguments; the results are split as `like` is."""
+    mesh = jax.typeof(jax.tree.leaves(like)[0]).sharding.mesh
+    if mesh.empty:
+        return function(*arguments)
+    given, results = (jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree) for tree in (arguments, like))
+    return jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=results, check_vma=False)(*arguments)
+
+
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def read_prefixes(graphdef, params, embeddings, deepstack, positions, segments, cache, prefix_segments):
+    """Read what several prompts begin with, as `prefill` does; returns {"cache", "kv_segments"}."""
     model = nnx.merge(graphdef, params)
+    return _read(model, embeddings, deepstack, positions, segments, cache, prefix_segments, 0)[1]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "new_slots"), donate_argnames="cache")
+def prefill(
+    graphdef, params, embeddings, deepstack, positions, segments, cache, prefix_segments, following, *, new_slots: int
+):
+    """Read the prompts behind their prefixes; returns the decoding state, with room for `new_slots` tokens.
+
+    cache, prefix_segments: of `copy_prefixes`, whose room is for the prompts and the new tokens; None where nothing is
+    shared. following [B]: the position of the first new token.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden, state = _read(model, embeddings, deepstack, positions, segments, cache, prefix_segments, new_slots)
+    return state | {
+        "logits": _whole_rows(model.logits(hidden[:, -1])),
+        "position": following,
+        "ended": segments.max(1) == 0,  # padding of the batch
+        "slot": jnp.int32(state["kv_segments"].shape[1] - new_slots),
+    }
+
+
+def _read(model, embeddings, deepstack, positions, segments, cache, prefix_segments, room: int):
     B, T = segments.shape
     written = segments.max(1, keepdims=True)  # 1 where the row is a prompt, 0 where it is padding of the batch
-    kv_segments = jnp.concatenate([segments, jnp.broadcast_to(written, (B, new_slots))], axis=1)
+    kv_segments = jnp.concatenate([segments, jnp.broadcast_to(written, (B, room))], axis=1)
+    if cache is None:
+        cache = model.init_cache(B, T + room, embeddings.dtype)
+    else:
+        kv_segments = jnp.concatenate([prefix_segments, kv_segments], axis=1)
+    start = kv_segments.shape[1] - room - T
     hidden, cache = model(
         embeddings,
         positions,
         segments,
         deepstack=deepstack,
-        cache=model.init_cache(B, T + new_slots, embeddings.dtype),
-        cache_index=0,
+        cache=cache,
+        cache_index=start,
         kv_segments=kv_segments,
     )
-    return {
-        "cache": cache,
-        "kv_segments": kv_segments,
-        "logits": _whole_rows(model.logits(hidden[:, -1])),
-        "position": next_position,
-        "ended": written[:, 0] == 0,
-        "slot": jnp.int32(T),
-    }
+    return hidden, {"cache": cache, "kv_segments": kv_segments}
 
 
 def _whole_rows(logits):
@@ -151,15 +214,11 @@ def keep_rows(state, rows):
     gets a row of another, whose keys and values would outweigh the model.
     """
     batched = {name: state[name] for name in ("kv_segments", "logits", "position", "ended")}
-    mesh = jax.typeof(rows).sharding.mesh
 
     def take(batched, cache, rows):
         return {name: x[rows] for name, x in batched.items()}, {name: x[:, rows] for name, x in cache.items()}
 
-    if not mesh.empty:
-        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (batched, state["cache"], rows))
-        take = jax.shard_map(take, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
-    batched, cache = take(batched, state["cache"], rows)
+    batched, cache = _on_each_device(take, (batched, state["cache"]), batched, state["cache"], rows)
     return batched | {"cache": cache, "slot": state["slot"]}
 
 
@@ -176,68 +235,82 @@ class Decoder:
     def generate(self, sequences: list[Sequence], max_new_tokens: int, progress=iter) -> list[Generation]:
         """The model's greedy continuation of each prompt, in the order given.
 
-        Prompts that show the same images go to the same batch, where each distinct image is encoded once.
-        `progress` wraps the iterable of batches (a bar, say).
+        Prompts that begin with the same images go to the same batch, or to neighbours, and what they share is read
+        once. `progress` wraps the iterable of batches (a bar, say).
         """
-        first: dict[tuple[str, ...], int] = {}
-        shown = [tuple(image.digest for image in sequence.images) for sequence in sequences]
-        for index, digests in enumerate(shown):
-            first.setdefault(digests, index)
-        order = sorted(range(len(sequences)), key=lambda index: first[shown[index]])
         results: list[Generation | None] = [None] * len(sequences)
-        batches = [order[start : start + self.max_batch] for start in range(0, len(order), self.max_batch)]
-        for batch in progress(batches):
-            written = self._generate_batch([sequences[index] for index in batch], max_new_tokens)
-            for index, generation in zip(batch, written, strict=True):
-                results[index] = generation
+        handed: tuple = ()
+        with on_mesh(self.mesh):
+            for batch in progress(plan_batches(sequences, self.multiple, self.max_batch // self.multiple)):
+                served = [index for own in batch.requests for index in own]
+                state, handed = self._prefill(batch, handed, -(-max_new_tokens // CHUNK) * CHUNK)
+                written = self._decode(state, batch.own, max_new_tokens)
+                for index, generation in zip(served, written, strict=True):
+                    results[index] = generation
         return results
 
-    def _generate_batch(self, sequences: list[Sequence], max_new_tokens: int) -> list[Generation]:
+    def _decode(self, state, stage: Stage, max_new_tokens: int) -> list[Generation]:
+        """What the rows of a stage write that are no padding, in their order."""
         chunks = -(-max_new_tokens // CHUNK)
-        with jax.set_mesh(self.mesh) if self.mesh is not None else nullcontext():
-            state = self._prefill(sequences, chunks * CHUNK)
-            served = np.full(len(state["ended"]), NOTHING)  # which sequence stands in each of the state's rows
-            served[: len(sequences)] = np.arange(len(sequences))
-            tokens = np.full((len(sequences), chunks * CHUNK), NOTHING, np.int32)
-            digits = np.zeros((len(sequences), chunks * CHUNK, len(self.rules.digits)), np.float32)
-            for chunk in range(chunks):
-                state, new_tokens, new_digits = decode_chunk(
-                    self.graphdef, self.params, state, rules=self.rules, steps=CHUNK
-                )
-                place = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-                new_tokens, new_digits, ended = to_host((new_tokens, new_digits, state["ended"]))
-                live = served != NOTHING
-                tokens[served[live], place] = new_tokens[live]
-                digits[served[live], place] = new_digits[live]
-                if ended.all():
-                    break
-                state, served = self._drop_ended(state, ended, served)
+        there = np.array([row is not None for row in stage.rows])
+        served = np.where(there, there.cumsum() - 1, NOTHING)  # which result each of the state's rows writes
+        tokens = np.full((there.sum(), chunks * CHUNK), NOTHING, np.int32)
+        digits = np.zeros((there.sum(), chunks * CHUNK, len(self.rules.digits)), np.float32)
+        for chunk in range(chunks):
+            state, new_tokens, new_digits = decode_chunk(
+                self.graphdef, self.params, state, rules=self.rules, steps=CHUNK
+            )
+            place = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+            new_tokens, new_digits, ended = to_host((new_tokens, new_digits, state["ended"]))
+            live = served != NOTHING
+            tokens[served[live], place] = new_tokens[live]
+            digits[served[live], place] = new_digits[live]
+            if ended.all():
+                break
+            state, served = self._drop_ended(state, ended, served)
         return [self._trim(*row, max_new_tokens) for row in zip(tokens, digits, strict=True)]
 
-    def _prefill(self, sequences: list[Sequence], new_slots: int):
-        table, rows = image_table(sequences, multiple=self.multiple)
+    def _prefill(self, batch: Batch, handed: tuple, new_slots: int) -> tuple[dict, tuple]:
+        """The decoding state of a batch, and those of its tables of prefixes that are for the next one.
+
+        handed: what the batch before returned as the latter.
+        """
+        tables = before = kept = ()
+        slots = 0
+        for level, stage in batch.prefixes.items():
+            before, tables = tables, handed if level == GROUP else ()
+            if stage.parents.size:
+                given = self._given(stage, before, slots, room=0)
+                tables += (read_prefixes(self.graphdef, self.params, *given),)
+            slots += stage.length
+            if level == GROUP and batch.kept.size:
+                kept = (copy_prefixes(tables, self._rows(batch.kept), slots=slots, room=0),)
+        given = self._given(batch.own, tables, slots, room=new_slots)
+        tables = before = ()  # all copied, and not to be held while the prompts are read
+        following = np.array([0 if row is None else row.next_position for row in batch.own.rows], np.int32)
+        following = shard_batch(following, self.mesh)
+        return prefill(self.graphdef, self.params, *given, following, new_slots=new_slots), kept
+
+    def _given(self, stage: Stage, tables: tuple, slots: int, *, room: int) -> tuple:
+        """What reading a stage takes: embeddings, DeepStack features, positions, segments, and the prefixes' copies."""
+        rows = stage.rows
+        table, place = image_table(rows, multiple=self.multiple)
         vision, merged = None, 0
-        if rows:
+        if place:
             merged = table["patches"].shape[1] // self.merge**2
             vision = encode_images(self.graphdef, self.params, shard_batch(table, self.mesh))
-        batch, length = padded(len(sequences), max(map(len, sequences)), self.multiple)
-        host = collate(sequences, rows, merged, batch=batch, length=length, side="left")
-        following = np.zeros(batch, np.int32)
-        following[: len(sequences)] = [sequence.next_position for sequence in sequences]
-        arrays = shard_batch(
-            {"following": following, **{name: host[name] for name in ("ids", "segments", "image_index")}}, self.mesh
-        )
-        embeddings, deepstack = embed(self.graphdef, self.params, arrays["ids"], arrays["image_index"], vision)
-        return prefill(
-            self.graphdef,
-            self.params,
-            embeddings,
-            deepstack,
-            shard_positions(host["positions"], self.mesh),
-            arrays["segments"],
-            arrays["following"],
-            new_slots=new_slots,
-        )
+        host = collate(rows, place, merged, batch=len(rows), length=stage.length, side="left")
+        arrays = shard_batch({name: host[name] for name in ("ids", "segments", "image_index")}, self.mesh)
+        read = embed(self.graphdef, self.params, arrays["ids"], arrays["image_index"], vision)
+        prefixes = {"cache": None, "kv_segments": None}
+        if (stage.parents >= 0).any():
+            prefixes = copy_prefixes(tables, self._rows(stage.parents), slots=slots, room=stage.length + room)
+        positions = shard_positions(host["positions"], self.mesh)
+        return *read, positions, arrays["segments"], prefixes["cache"], prefixes["kv_segments"]
+
+    def _rows(self, numbers: np.ndarray):
+        """Numbers [parts of the mesh, rows] on the mesh, each part's on its own devices."""
+        return shard_batch(numbers.reshape(-1), self.mesh)
 
     def _drop_ended(self, state, ended: np.ndarray, served: np.ndarray):
         """The state and `served` without rows that have `ended`, once every device can halve its part of the batch."""
@@ -247,7 +320,7 @@ class Decoder:
             return state, served
         rows = np.argsort(ended, axis=1, kind="stable")[:, :size]  # ended rows fill the batch
         served = np.take_along_axis(np.where(ended, NOTHING, served.reshape(ended.shape)), rows, axis=1).reshape(-1)
-        return keep_rows(state, shard_batch(rows.reshape(-1).astype(np.int32), self.mesh)), served
+        return keep_rows(state, self._rows(rows.astype(np.int32))), served
 
     def _trim(self, tokens: np.ndarray, digits: np.ndarray, max_new_tokens: int) -> Generation:
         tokens = tokens[:max_new_tokens]

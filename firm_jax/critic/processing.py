@@ -4,7 +4,7 @@ Host work in numpy. Ids equal those of transformers' processor, with one differe
 always text, also where it spells a special token such as `<|image_pad|>`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,41 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def part(self, start: int, stop: int) -> "Sequence":
+        """The prompt's tokens from `start` to `stop`, with those images that they stand for."""
+        place = slice(start, stop)
+        shown, image = np.unique(self.image[place], return_inverse=True)
+        text = shown < 0
+        return replace(
+            self,
+            ids=self.ids[place],
+            positions=self.positions[:, place],
+            image=image.astype(np.int32) - int(text.any()),
+            patch=self.patch[place],
+            images=tuple(self.images[number] for number in shown[~text]),
+        )
+
+
+def lay_out(parts: list[list[int] | PatchedImage], image_token: int, merge: int) -> Sequence:
+    """Token ids and images in turn as one prompt; an image takes a token for each `merge` x `merge` of its patches."""
+    ids, image_of, patch_of, runs, images = [], [], [], [], []
+    for part in parts:
+        if isinstance(part, PatchedImage):
+            rows, columns = (size // merge for size in part.grid)
+            runs.append((rows, columns))
+            ids += [image_token] * (rows * columns)
+            image_of += [len(images)] * (rows * columns)
+            patch_of += range(rows * columns)
+            images.append(part)
+        else:
+            runs.append(len(part))
+            ids += part
+            image_of += [-1] * len(part)
+            patch_of += [-1] * len(part)
+    positions, following = rope_positions(runs)
+    ids, image, patch = (np.array(values, np.int32) for values in (ids, image_of, patch_of))
+    return Sequence(ids, positions, image, patch, following, tuple(images))
 
 
 class Processor:
@@ -91,52 +126,22 @@ class Processor:
         `verdicts` are the spans [start, end) of the answer's characters that hold them. `patched`: a cache digest ->
         PatchedImage that this call uses and fills, so that a repeated image is resized once.
         """
-        images = tuple(self._patch(image, patched) for image in images)
-        merge = self.images.merge_size
-        grids = [(rows // merge, columns // merge) for rows, columns in (image.grid for image in images)]
-        # Token ids, and which image and merged patch each stands for, run by run.
-        opening = [self.turn_start, *self.encode("user\n" if images else "user\n" + text)]
-        runs: list[int | tuple[int, int]] = [len(opening)]
-        ids, image_of, patch_of = list(opening), [-1] * len(opening), [-1] * len(opening)
-
-        def add_text(tokens: list[int]) -> None:
-            ids.extend(tokens)
-            image_of.extend([-1] * len(tokens))
-            patch_of.extend([-1] * len(tokens))
-            runs.append(len(tokens))
-
-        for number, grid in enumerate(grids):
-            count = grid[0] * grid[1]
-            add_text([self.vision_start])
-            ids.extend([self.image_pad] * count)
-            image_of.extend([number] * count)
-            patch_of.extend(range(count))
-            runs.append(grid)
-            add_text([self.vision_end])
-        add_text(
-            (self.encode(text) if images else [])
-            + [self.turn_end, *self.encode("\n"), self.turn_start, *self.encode("assistant\n")]
-        )
-        targets = None
-        if answer is not None:
-            encoding = self.tokenizer.encode(answer, add_special_tokens=False)
-            spans = [(2, span) for span in scores] + [(3, span) for span in verdicts]
-            marks = [
-                max((mark for mark, (a, b) in spans if a < end and start < b), default=1)
-                for start, end in encoding.offsets
-            ]
-            targets = np.array([0] * len(ids) + marks + [1], np.int8)
-            add_text([*encoding.ids, self.turn_end])
-        positions, following = rope_positions(runs)
-        return Sequence(
-            ids=np.array(ids, np.int32),
-            positions=positions,
-            image=np.array(image_of, np.int32),
-            patch=np.array(patch_of, np.int32),
-            next_position=following,
-            images=images,
-            targets=targets,
-        )
+        images = [self._patch(image, patched) for image in images]
+        parts: list = [[self.turn_start, *self.encode("user\n" if images else "user\n" + text)]]
+        for image in images:
+            parts += [[self.vision_start], image, [self.vision_end]]
+        question = self.encode(text) if images else []
+        parts.append([*question, self.turn_end, *self.encode("\n"), self.turn_start, *self.encode("assistant\n")])
+        if answer is None:
+            return lay_out(parts, self.image_pad, self.images.merge_size)
+        encoding = self.tokenizer.encode(answer, add_special_tokens=False)
+        spans = [(2, span) for span in scores] + [(3, span) for span in verdicts]
+        marks = [
+            max((mark for mark, (a, b) in spans if a < end and start < b), default=1) for start, end in encoding.offsets
+        ]
+        parts.append([*encoding.ids, self.turn_end])
+        whole = lay_out(parts, self.image_pad, self.images.merge_size)
+        return replace(whole, targets=np.array([0] * (len(whole) - len(marks) - 1) + marks + [1], np.int8))
 
     def length(self, sizes, text: str) -> int:
         """The tokens of `sequence` for images of these (height, width) and a text, without any pixels."""
@@ -157,23 +162,25 @@ class Processor:
         return patched[digest]
 
 
-def image_table(sequences: list[Sequence], *, multiple: int = 1) -> tuple[dict, dict[str, int]]:
-    """The distinct images of a batch, padded to one bucket, and the row of each by its digest.
+def image_table(sequences: list[Sequence | None], *, multiple: int = 1) -> tuple[dict, dict[str, int]]:
+    """The distinct images of a batch, padded to one bucket, and the row of each by its digest; a None has none.
 
     Returns ({"patches": float32 [M, P, C], "grids": int32 [M, 2]}, digest -> row). M is a power of two times
     `multiple`; empty rows have a grid of no patches. Without any image, M is 0.
     """
-    return patch_table([image for sequence in sequences for image in sequence.images], multiple=multiple)
+    shown = [image for sequence in sequences if sequence is not None for image in sequence.images]
+    return patch_table(shown, multiple=multiple)
 
 
 def collate(
-    sequences: list[Sequence], rows: dict[str, int], merged: int, *, batch: int, length: int, side: str
+    sequences: list[Sequence | None], rows: dict[str, int], merged: int, *, batch: int, length: int, side: str
 ) -> dict[str, np.ndarray]:
     """Sequences as one batch of fixed shape, padded on the `side` "left" (generation) or "right" (training).
 
     `rows`: an image's digest -> its row in the image table; `merged`: merged patches a row. Returns ids [B, T],
     positions [3, B, T], segments [B, T] (1 for tokens, 0 for padding), image_index [B, T] (into the flattened table
-    of merged patches, -1 for text) and targets [B, T]. Rows beyond the sequences are padding throughout.
+    of merged patches, -1 for text) and targets [B, T]. Rows beyond the sequences, and those of a None, are padding
+    throughout.
     """
     ids = np.zeros((batch, length), np.int32)
     positions = np.zeros((3, batch, length), np.int32)
@@ -181,6 +188,8 @@ def collate(
     image_index = np.full((batch, length), -1, np.int32)
     targets = np.zeros((batch, length), np.int8)
     for row, sequence in enumerate(sequences):
+        if sequence is None:
+            continue
         size = len(sequence)
         place = slice(length - size, length) if side == "left" else slice(0, size)
         ids[row, place] = sequence.ids

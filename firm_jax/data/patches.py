@@ -193,7 +193,7 @@ def patch_table(images: Sequence[PatchedImage], *, multiple: int = 1) -> tuple[d
 
 
 def padded(rows: int, length: int, multiple: int) -> tuple[int, int]:
-    """The shape that `rows` images of up to `length` patches, or prompts of up to `length` tokens, are padded to."""
+    """The shape that `rows` images of up to `length` patches are padded to."""
     return power_of_two(rows, multiple), bucket(length, smallest=64)
 
 
