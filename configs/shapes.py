@@ -133,7 +133,7 @@ def edit_generator() -> ConfigDict:
         "max_shift": 1.0,
         "shift_terminal": 0.02,
     }
-    config.sample_size, config.text_tokens = 64, 38
+    config.sample_size, config.text_tokens = 64, 32
     config.vocab_size, config.texts = 600, 400
     config.text = {
         "hidden_size": 96,
