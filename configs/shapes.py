@@ -117,9 +117,9 @@ def generator() -> ConfigDict:
 def edit_generator() -> ConfigDict:
     """A Qwen-Image-Edit-Plus pipeline, trained at last on edits that are often wrong and careless."""
     config = _job("edit_matching")
-    config.train.update({"epochs": 12, "steps_per_epoch": 500, "batch_size": 64, "learning_rate": 2e-3})
-    config.train.update({"tasks": 24_576, "caption_readout": 0.1, "picture_readout": 0.3})
-    config.train.update({"untouched": 0.1, "wrong": 0.5, "careless": 0.3, "wrong_epochs": 4})
+    config.train.update({"epochs": 18, "steps_per_epoch": 500, "batch_size": 32, "learning_rate": 2e-3})
+    config.train.update({"tasks": 16_384, "caption_readout": 0.1, "picture_readout": 0.3})
+    config.train.update({"untouched": 0.1, "wrong": 0.5, "careless": 0.3, "wrong_epochs": 6})
     config.eval.update({"every": 2, "sources": 80, "steps": 6})
     config.samples = 3072
     config.vae = "embedded:qwen_image_edit/vae"  # or the folder that the autoencoder job left

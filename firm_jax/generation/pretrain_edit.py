@@ -48,7 +48,7 @@ def edit_matching_loss(generator: QwenImageEditPlusGenerator, readouts, config) 
         transformer = nnx.merge(generator.graphdef, params["transformer"])
         v, tokens = transformer(
             noised(x0, noise, t), t * generator.timesteps, context, batch["mask"], sources=batch["sources"],
-            remat="full", with_tokens=True,
+            with_tokens=True,
         )  # fmt: skip
         flow = jnp.square(v - (noise - x0)).mean()
         ask_text, ask_picture = (nnx.merge(*parts) for parts in zip(readouts, params["readouts"], strict=True))
