@@ -18,6 +18,8 @@ from firm_jax.mesh import batch_size
 from firm_jax.models.qwen_image import Sources
 from firm_jax.plan import Program
 
+SOURCE_SIDE = 1024  # pixels that the sides of a source image are taken to have
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -96,7 +98,7 @@ def _condition_images(generator: QwenImageEditGenerator, mesh: Mesh, count: int,
     area = generator.condition_area if settings.condition_area is None else settings.condition_area
     factor = config.patch_size * config.merge_size
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    height, width = smart_resize(*size_of_area(area, 512, 512), factor=factor, **limits)
+    height, width = smart_resize(*size_of_area(area, SOURCE_SIDE, SOURCE_SIDE), factor=factor, **limits)
     patches = height * width // config.patch_size**2
     rows, length = padded(count, patches, batch_size(mesh))
     features = network.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -110,7 +112,7 @@ def _condition_images(generator: QwenImageEditGenerator, mesh: Mesh, count: int,
 def _sources(generator: QwenImageEditGenerator, mesh: Mesh, prompts: int, settings) -> tuple[Sources, Program]:
     """The latents of the prompts' source images, and the program that encodes them."""
     area = generator.source_area if settings.source_area is None else settings.source_area
-    height, width = size_of_area(area, 512, 512)
+    height, width = size_of_area(area, SOURCE_SIDE, SOURCE_SIDE)
     devices = batch_size(mesh)
     chunk = decoded_together(prompts + -prompts % devices, (height, width), devices)
     images = batch(mesh, (chunk, height, width, 3), jnp.float32)

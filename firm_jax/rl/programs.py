@@ -14,7 +14,7 @@ from firm_jax.abstract import batch, outputs, place, whole
 from firm_jax.critic.programs import AbstractCritic
 from firm_jax.generation import Generator
 from firm_jax.generation.generator import decoded_together, pipeline_class, read_model_index
-from firm_jax.generation.programs import encoding, text_parameters
+from firm_jax.generation.programs import SOURCE_SIDE, encoding, text_parameters
 from firm_jax.interop.hub import find_local
 from firm_jax.mesh import batch_size
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
@@ -22,7 +22,7 @@ from firm_jax.plan import Program
 from firm_jax.published import PIPELINES, published
 from firm_jax.rl.job import check_config, check_editing
 from firm_jax.rl.rewards import resolve_reward
-from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw
+from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw, shown_size
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, micro_batches
 
 
@@ -74,7 +74,10 @@ class RLPrograms:
         yield draws["rollout"]
         yield decodes["rollout"]
         criteria = [RUBRICS[name] for name in resolve_reward(config.reward.name, config.reward.weights).criteria]
-        yield from self.critic.programs(self.images, (config.rollout.height, config.rollout.width), criteria)
+        rollout, candidates = config.rollout, config.group.images_per_prompt
+        # Edits have one source each, square as where the generator's own programs are planned.
+        sources = [shown_size(SOURCE_SIDE, SOURCE_SIDE, rollout)] if self.generator.edits else ()
+        yield from self.critic.programs(self.images, (rollout.height, rollout.width), criteria, sources, candidates)
         yield self._update()
         yield draws["eval"]
         if decodes["eval"].arguments != decodes["rollout"].arguments:
