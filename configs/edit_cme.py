@@ -29,6 +29,7 @@ def paper() -> ConfigDict:
     config.seed = 42
     config.model = "Qwen/Qwen-Image-Edit-2509"
     config.dtype = "bfloat16"
+    config.quantize = config_dict.placeholder(str)  # "int8": the frozen kernels of the transformer's blocks
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # a whole copy of the weights is more than a device holds
     config.distributed = False  # several processes, one a host
     config.prompts = {

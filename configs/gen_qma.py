@@ -25,6 +25,7 @@ def paper() -> ConfigDict:
     config.seed = 42
     config.model = "stabilityai/stable-diffusion-3.5-medium"
     config.dtype = "bfloat16"
+    config.quantize = config_dict.placeholder(str)  # "int8": the frozen kernels of the transformer's blocks
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # a whole copy of the weights takes 32 GiB
     config.distributed = False  # several processes, one a host
     config.prompts = {

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Rules = tuple[tuple[str, P], ...]
+KERNEL_SCALE = "kernel_scale"  # of a quantised kernel [..., 1, O]: split as the kernel's output is
 
 
 def path_name(path) -> str:
@@ -39,6 +40,10 @@ def shardings(abstract, rules: Rules, mesh: Mesh):
     """The NamedSharding of every leaf of an abstract (or real) parameter tree."""
 
     def one(path, leaf):
-        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, rules, mesh))
+        name = path_name(path)
+        if name.endswith(KERNEL_SCALE):
+            spec = partition_spec(name.removesuffix("_scale"), leaf.shape, rules, mesh)
+            return NamedSharding(mesh, P(*spec[:-2], None, spec[-1]))
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, rules, mesh))
 
     return jax.tree_util.tree_map_with_path(one, abstract)

@@ -28,6 +28,7 @@ from firm_jax.interop import files, load
 from firm_jax.interop.mapping import Rule, Tensor
 from firm_jax.mesh import make_mesh
 from firm_jax.models.layers import Linear, stack
+from firm_jax.models.quantize import quantize_linears, quantized
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +83,31 @@ def test_a_stack_is_put_together_on_the_devices(tmp_path, monkeypatch, sizes, st
     for layer in range(LAYERS):
         np.testing.assert_array_equal(params.kernel[...][layer], content[f"layers.{layer}.kernel"].T)
         np.testing.assert_array_equal(params.bias[...][layer], content[f"layers.{layer}.bias"])
+
+
+@pytest.mark.fault("memory-of-loading")
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_a_stack_is_quantised_block_by_block(tmp_path, monkeypatch, sizes):
+    content = write_stack(tmp_path)
+    layer_bytes = WIDTH * WIDTH * 4
+    monkeypatch.setattr(load, "BLOCK_BYTES", 2 * layer_bytes)
+    layers = nnx.eval_shape(lambda: stack(lambda rngs: Linear(WIDTH, WIDTH, rngs=rngs), LAYERS, nnx.Rngs(0)))
+    quantize_linears(layers, "")
+    rules = {"sharding_rules": ((r"kernel", P("fsdp", "tensor")),), "mesh": sizes and make_mesh(*sizes)}
+    before, on_devices = sum(array.nbytes for array in jax.live_arrays()), []
+
+    def watched(block):
+        on_devices.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+        return quantized(block)
+
+    monkeypatch.setattr(load, "quantized", watched)
+    params = load.load_params(nnx.state(layers), STACK_RULES, tmp_path, dtype="bfloat16", **rules)
+    # The stack, a quarter of what it was, and a block of two layers: not its 24 as they were.
+    assert len(on_devices) == LAYERS // 2 and max(on_devices) < (LAYERS // 4 + 3) * layer_bytes
+    for layer in range(LAYERS):
+        kernel, scale = quantized(content[f"layers.{layer}.kernel"].T)
+        np.testing.assert_array_equal(params.kernel[...][layer], kernel)
+        np.testing.assert_array_equal(params.kernel_scale[...][layer], scale)
 
 
 class OfOneProcess:

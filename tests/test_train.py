@@ -446,6 +446,7 @@ def nothing_is_loaded(monkeypatch):
         ({"eval.solver": "heun"}, "eval.solver is 'heun'"),
         ({"train.adv_mode": "some"}, "train.adv_mode is 'some'.*positive_only"),
         ({"train.decay_type": 7}, "decay type 7"),
+        ({"quantize": "int4"}, "quantize is 'int4'; it is one of: int8"),
         ({"train.remat": "half"}, "train.remat is 'half'"),
         ({"train.timesteps": 4}, "train.timesteps is 4; .*rollout.steps = 3"),
         ({"train.updates_per_epoch": 7}, "train.updates_per_epoch is 7"),
@@ -487,6 +488,33 @@ def test_prompts_that_are_missing_or_empty_are_named(world, tmp_path, nothing_is
     with pytest.raises(DataError, match=named):
         train.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# A base on int8
+
+
+def test_a_run_over_int8_kernels_learns_and_leaves_them_as_they_are(world, tmp_path, monkeypatch):
+    bases = []
+
+    class Recorded(job.Job):
+        def _load(self):
+            super()._load()
+            bases.append((self.generator.params, jax.tree.map(np.array, self.generator.params)))
+
+    monkeypatch.setattr(train, "Job", Recorded)
+    changed = {"quantize": "int8", "train__epochs": 2, "train__remat": "full"}
+    run(config_for(world, **changed), tmp_path / "run")
+    [(params, before)] = bases
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32", "int8"}
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    _, *epochs = results(tmp_path / "run")
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert all(line["grad/norm"] > 0 and line["update/skipped"] == 0 for line in epochs)
+    adapters = {name: array for name, array in last_state(tmp_path / "run").items() if name.startswith("lora/")}
+    assert {array.dtype for array in adapters.values()} == {np.dtype(np.float32)}
+    assert adapters["lora/blocks/attn/to_q/b"].any()  # all zeros at the beginning
+    with pytest.raises(ConfigError, match="quantize: 'int8' -> None"):
+        run(config_for(world, **changed | {"quantize": None}), tmp_path / "run")
 
 
 # More devices

@@ -53,16 +53,24 @@ class Generator:
         self.decode_jitted = jax.jit(self.decode)
 
     @classmethod
-    def from_pretrained(cls, path_or_id, dtype="bfloat16", mesh: Mesh | None = None, lora: dict | None = None):
+    def from_pretrained(
+        cls,
+        path_or_id,
+        dtype="bfloat16",
+        mesh: Mesh | None = None,
+        lora: dict | None = None,
+        quantize: str | None = None,
+    ):
         """A generator from a diffusers pipeline folder or Hugging Face id.
 
         dtype: of the transformer and the text encoders; the autoencoder is kept in float32. lora: a tree of adapters
-        with its strength folded in. Raises ConfigError for a folder that is not a supported pipeline, WeightsError
-        for weights that are missing or do not fit.
+        with its strength folded in. quantize: "int8" to hold the kernels of the transformer's blocks so, with a
+        float32 scale for each output channel (models/quantize.py). Raises ConfigError for a folder that is not a
+        supported pipeline, WeightsError for weights that are missing or do not fit.
         """
         folder = resolve(path_or_id)
         index = read_model_index(folder)
-        return pipeline_class(index).from_folder(folder, index, dtype, mesh, lora)
+        return pipeline_class(index).from_folder(folder, index, dtype, mesh, lora, quantize)
 
     def sample(
         self,

@@ -72,7 +72,9 @@ class QwenImageGenerator(Generator):
                 raise ConfigError(f"the pipeline's parts do not fit: {what} {size}, by the transformer {needed}")
 
     @classmethod
-    def from_folder(cls, folder: Path, index: Mapping, dtype, mesh: Mesh | None, lora: dict | None):
+    def from_folder(
+        cls, folder: Path, index: Mapping, dtype, mesh: Mesh | None, lora: dict | None, quantize: str | None = None
+    ):
         """The pipeline whose model_index.json is `index`."""
         check_parts(folder, index, cls.parts)
         processor = folder / "processor" if cls.edits else None
@@ -83,23 +85,24 @@ class QwenImageGenerator(Generator):
             cls.template,
             mesh,
         )
-        transformer = models.from_pretrained(folder / "transformer", dtype=dtype, mesh=mesh)
+        transformer = models.from_pretrained(folder / "transformer", dtype=dtype, mesh=mesh, quantize=quantize)
         vae = models.from_pretrained(folder / "vae", dtype="float32", mesh=mesh)
         return cls(transformer, vae, text_encoder, read_scheduler(folder), mesh, lora, processor)
 
     @classmethod
-    def from_configs(cls, configs: Mapping[str, Mapping], dtype, mesh: Mesh):
+    def from_configs(cls, configs: Mapping[str, Mapping], dtype, mesh: Mesh, quantize: str | None = None):
         """The pipeline with shapes in the place of weights and without a tokenizer: to be compiled, not run.
 
         configs: part of the pipeline -> the content of its JSON file, as `read_configs` gives them.
         """
 
-        def network(part, dtype):
-            return models.from_config(configs[part], dtype, mesh, f"the config.json of {part}")
+        def network(part, dtype, quantize=None):
+            return models.from_config(configs[part], dtype, mesh, f"the config.json of {part}", quantize)
 
         images = ImageConfig.from_json(configs["processor"], "the processor's file") if cls.edits else None
         text_encoder = QwenTextEncoder(None, network("text_encoder", dtype), images, cls.template, mesh)
-        return cls(network("transformer", dtype), network("vae", "float32"), text_encoder, configs["scheduler"], mesh)
+        transformer = network("transformer", dtype, quantize)
+        return cls(transformer, network("vae", "float32"), text_encoder, configs["scheduler"], mesh)
 
     @classmethod
     def read_configs(cls, folder: Path) -> dict[str, dict]:

@@ -72,11 +72,13 @@ class SD3Generator(Generator):
             )
 
     @classmethod
-    def from_folder(cls, folder: Path, index: Mapping, dtype, mesh: Mesh | None, lora: dict | None) -> "SD3Generator":
+    def from_folder(
+        cls, folder: Path, index: Mapping, dtype, mesh: Mesh | None, lora: dict | None, quantize: str | None = None
+    ) -> "SD3Generator":
         """The pipeline whose model_index.json is `index`; text_encoder_3 (T5) may be null there."""
         with_t5 = T5_ENCODER in present_parts(index)
         check_parts(folder, index, (*REQUIRED, *(T5_PARTS if with_t5 else ())))
-        transformer = models.from_pretrained(folder / "transformer", dtype=dtype, mesh=mesh)
+        transformer = models.from_pretrained(folder / "transformer", dtype=dtype, mesh=mesh, quantize=quantize)
         vae = models.from_pretrained(folder / "vae", dtype="float32", mesh=mesh)
         encoders = (*CLIP_ENCODERS, T5_ENCODER) if with_t5 else CLIP_ENCODERS
         width = transformer.config.joint_attention_dim
@@ -84,19 +86,22 @@ class SD3Generator(Generator):
         return cls(transformer, vae, text_encoders, read_scheduler(folder), mesh, lora)
 
     @classmethod
-    def from_configs(cls, configs: Mapping[str, Mapping], dtype, mesh: Mesh) -> "SD3Generator":
+    def from_configs(
+        cls, configs: Mapping[str, Mapping], dtype, mesh: Mesh, quantize: str | None = None
+    ) -> "SD3Generator":
         """The pipeline with shapes in the place of weights and without tokenizers: to be compiled, not run.
 
         configs: part of the pipeline -> the content of its JSON file, as `read_configs` gives them.
         """
 
-        def network(part, dtype):
-            return models.from_config(configs[part], dtype, mesh, f"the config.json of {part}")
+        def network(part, dtype, quantize=None):
+            return models.from_config(configs[part], dtype, mesh, f"the config.json of {part}", quantize)
 
         encoders = [part for part in (*CLIP_ENCODERS, T5_ENCODER) if part in configs]
         width = configs["transformer"]["joint_attention_dim"]
         text_encoders = TextEncoders({}, {part: network(part, dtype) for part in encoders}, width, mesh)
-        return cls(network("transformer", dtype), network("vae", "float32"), text_encoders, configs["scheduler"], mesh)
+        transformer = network("transformer", dtype, quantize)
+        return cls(transformer, network("vae", "float32"), text_encoders, configs["scheduler"], mesh)
 
     @staticmethod
     def read_configs(folder: Path) -> dict[str, dict]:

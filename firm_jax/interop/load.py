@@ -20,7 +20,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from firm_jax.errors import WeightsError
 from firm_jax.interop.files import READABLE, WeightFiles, some
 from firm_jax.interop.mapping import SAME_NAMES, Rule, Tensor, from_torch, tensors
-from firm_jax.sharding import Rules, path_name, shardings
+from firm_jax.models.quantize import quantized
+from firm_jax.sharding import KERNEL_SCALE, Rules, path_name, shardings
 
 BLOCK_BYTES = 32 << 20
 CHUNK_BYTES = 4 << 20  # of one read; each thread holds one at a time
@@ -76,10 +77,11 @@ def load_params(
 ):
     """The parameter tree of `abstract_params`' structure, read from the safetensors in `folder`.
 
-    Every leaf arrives in `dtype` on its shards by `sharding_rules` (on the default device without a mesh). A tensor is
-    read once, however many devices hold it; of several processes each reads the rows that its devices need. Raises
-    WeightsError for a missing, extra, duplicate or misshapen tensor, an unreadable file, a dtype other than float32,
-    float16 and bfloat16, and a number that is not finite in `dtype`.
+    Every leaf arrives in `dtype` on its shards by `sharding_rules` (on the default device without a mesh); kernels that
+    are int8 there are quantised on the devices, block by block, from the file's own numbers. A tensor is read once,
+    however many devices hold it; of several processes each reads the rows that its devices need. Raises WeightsError
+    for a missing, extra, duplicate or misshapen tensor, an unreadable file, a dtype other than float32, float16 and
+    bfloat16, and a number that is not finite in `dtype`.
     """
     tied, dtype = dict(tied or {}), jnp.dtype(dtype)
     wanted = list(tensors(abstract_params, (*rules, *SAME_NAMES)))
@@ -91,12 +93,16 @@ def load_params(
         placement = shardings(abstract_params, sharding_rules, mesh)
     with WeightFiles(folder) as files, ThreadPoolExecutor(THREADS) as pool:
         _check(files, wanted, ignored, tied)
-        reader = _Reader(files, dtype, pool)
-
-        def read(path, leaf, sharding):
-            return reader.leaf(leaf.shape, sources[path_name(path)], sharding)
-
-        return jax.tree_util.tree_map_with_path(read, abstract_params, placement)
+        reader, exact = _Reader(files, dtype, pool), _Reader(files, np.dtype(np.float32), pool)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
+        found: dict[str, jax.Array] = {}
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placement), strict=True):
+            name = path_name(path)
+            if leaf.dtype == jnp.int8:
+                found[name], found[f"{name}_scale"] = exact.leaf(leaf.shape, sources[name], sharding, quantized)
+            elif not name.endswith(KERNEL_SCALE):
+                found[name] = reader.leaf(leaf.shape, sources[name], sharding)
+        return jax.tree.unflatten(structure, [found[path_name(path)] for path, _ in leaves])
 
 
 def _check(files: WeightFiles, wanted: list[Tensor], ignored, tied: Mapping[str, str]) -> None:
@@ -132,18 +138,23 @@ class _Reader:
         self.bits = np.dtype(f"u{dtype.itemsize}")  # numpy moves whole numbers faster than bfloat16
         self.exponent = np.array(np.inf, dtype).view(self.bits)  # all its bits are set in what is not finite
 
-    def leaf(self, shape: tuple[int, ...], sources: list[Tensor], sharding: Sharding) -> jax.Array:
-        """One leaf on its devices; `sources` are its tensors, those of a stack in order."""
+    def leaf(self, shape: tuple[int, ...], sources: list[Tensor], sharding: Sharding, kept: Callable = lambda x: x):
+        """One leaf on its devices; `sources` are its tensors, those of a stack in order.
+
+        kept: what to keep of a block, an array or a tuple of them.
+        """
         if sources[0].layer is None:
-            return self._block(shape, sources, sharding)
+            return kept(self._block(shape, sources, sharding))
         count, layer_bytes = len(sources), int(np.prod(shape[1:])) * self.dtype.itemsize
         most = max(1, BLOCK_BYTES // layer_bytes)
         layers = max(n for n in range(1, min(most, count) + 1) if count % n == 0)  # so that all blocks are one program
-        if layers == count:
-            return self._block(shape, sources, sharding)
-        stack = jnp.zeros(shape, self.dtype, device=sharding)
+        stack = None
         for start in range(0, count, layers):
-            block = self._block((layers, *shape[1:]), sources[start : start + layers], sharding)
+            block = kept(self._block((layers, *shape[1:]), sources[start : start + layers], sharding))
+            if layers == count:
+                return block
+            if stack is None:
+                stack = jax.tree.map(partial(_empty_stack, count), block)
             stack = jax.block_until_ready(_insert(stack, block, np.int32(start)))
         return stack
 
@@ -202,7 +213,11 @@ class _Reader:
 @partial(jax.jit, donate_argnames="stack")
 def _insert(stack, block, start):
     """The stack [L, ...] with `block` in the place of its layers from `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(stack, block, start, axis=0)
+    return jax.tree.map(lambda s, b: jax.lax.dynamic_update_slice_in_dim(s, b, start, axis=0), stack, block)
+
+
+def _empty_stack(count: int, block: jax.Array) -> jax.Array:
+    return jnp.zeros((count, *block.shape[1:]), block.dtype, device=block.sharding)
 
 
 def _row_axis(layout: str) -> int:

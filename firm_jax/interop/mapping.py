@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from firm_jax.sharding import path_name
+from firm_jax.sharding import KERNEL_SCALE, path_name
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ _PERMUTATIONS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1), "conv3d":
 
 
 def tensors(abstract_params, rules: tuple[Rule, ...]) -> Iterator[Tensor]:
-    """Every tensor that a file of this model holds."""
+    """Every tensor that a file of this model holds; the scale of a quantised kernel is none of them."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params)[0]:
-        yield from _leaf_tensors(path_name(path), tuple(leaf.shape), rules)
+        if not (name := path_name(path)).endswith(KERNEL_SCALE):
+            yield from _leaf_tensors(name, tuple(leaf.shape), rules)
 
 
 def _leaf_tensors(path: str, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 A network class has: `config` (a frozen dataclass with `from_hf` and `to_hf`), `hf_class` (the name in config.json),
 `weight_rules(config)` (our path -> PyTorch name), `sharding_rules` (our path -> PartitionSpec), and, where PyTorch's
-files hold more than the parameters, `ignored(config)` (names of buffers) and `tied(config)` (repeated tensors).
+files hold more than the parameters, `ignored(config)` (names of buffers) and `tied(config)` (repeated tensors). One
+whose frozen kernels may be held as int8 says which: `quantizable`, a regex on the paths of linear layers.
 """
 
 import importlib
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from firm_jax.abstract import place
 from firm_jax.errors import ConfigError, WeightsError
 from firm_jax.interop.files import read_json
+from firm_jax.models.quantize import check_scheme, quantize_linears
 from firm_jax.sharding import shardings
 
 # PyTorch class name -> module of this package, class
@@ -47,19 +50,27 @@ def abstract(network: type[nnx.Module], config) -> nnx.Module:
     return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
 
 
-def from_config(raw: Mapping, dtype, mesh: Mesh, where: str = "config.json") -> nnx.Module:
+def from_config(raw: Mapping, dtype, mesh: Mesh, where: str = "config.json", quantize: str | None = None) -> nnx.Module:
     """The network of a config.json on the mesh by its sharding rules, with shapes in the place of weights.
 
     Such a network can be compiled, not run. `where` stands in the errors, which are those of `from_pretrained`.
     """
     network, config = _of_config(raw, where)
+    graphdef, params = nnx.split(_held(network, config, dtype, quantize))
+    return nnx.merge(graphdef, place(params, shardings(params, network.sharding_rules, mesh)))
+
+
+def _held(network: type[nnx.Module], config, dtype, quantize: str | None) -> nnx.Module:
+    """`abstract` in the dtypes that the parameters are held in."""
     graphdef, params = nnx.split(abstract(network, config))
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
-        params,
-        shardings(params, network.sharding_rules, mesh),
-    )
-    return nnx.merge(graphdef, placed)
+    typed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
+    held = nnx.merge(graphdef, typed)
+    check_scheme(quantize)
+    if quantize is not None:
+        if not hasattr(network, "quantizable"):
+            raise ConfigError(f"quantize={quantize!r}: {network.__name__} has no kernels that may be quantised")
+        quantize_linears(held, network.quantizable)
+    return held
 
 
 def _of_config(raw: Mapping, where) -> tuple[type[nnx.Module], object]:
@@ -80,11 +91,12 @@ def read_config(folder: Path) -> dict:
         raise WeightsError(f"{folder} is not a model folder: it has no config.json") from None
 
 
-def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
+def from_pretrained(folder, dtype="float32", mesh=None, quantize: str | None = None) -> nnx.Module:
     """One component from its Hugging Face folder (config.json and safetensors), on the mesh by its sharding rules.
 
-    dtype: "float32", "bfloat16" or "float16". Raises ConfigError for an architecture or a config field that is not
-    supported, WeightsError when the weights do not fit the config.
+    dtype: "float32", "bfloat16" or "float16". quantize: "int8" to hold the kernels of a transformer's blocks so
+    (models/quantize.py), frozen and not to be saved. Raises ConfigError for an architecture or a config field that is
+    not supported, WeightsError when the weights do not fit the config.
     """
     from firm_jax.interop.hub import resolve
     from firm_jax.interop.load import load_params
@@ -93,7 +105,7 @@ def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
         raise ConfigError(f"dtype {name!r} is not one that weights are held in: {', '.join(DTYPES)}")
     folder = resolve(folder)
     network, config = _of_config(read_config(folder), folder / "config.json")
-    graphdef, params = nnx.split(abstract(network, config))
+    graphdef, params = nnx.split(_held(network, config, dtype, quantize))
     params = load_params(
         params,
         network.weight_rules(config),
@@ -108,12 +120,20 @@ def from_pretrained(folder, dtype="float32", mesh=None) -> nnx.Module:
 
 
 def save_pretrained(network: nnx.Module, folder, dtype=None) -> None:
-    """Write config.json and safetensors that PyTorch's own `from_pretrained` reads; dtype None keeps the params'."""
+    """Write config.json and safetensors that PyTorch's own `from_pretrained` reads; dtype None keeps the params'.
+
+    Raises ConfigError for a network with quantised kernels: its files would look like the base model's, and are not.
+    """
     from firm_jax.interop.save import save_params
 
     folder = Path(folder)
     config = network.config.to_hf()
     params = nnx.state(network, nnx.Param)
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params)):
+        raise ConfigError(
+            f"{network.hf_class} has int8 kernels, from which the weights in its folder cannot be had back. Load it "
+            "without quantize to save it; what is trained is the LoRA, which has its own file."
+        )
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     if "_class_name" not in config:
         first = jax.tree.leaves(params)[0].dtype

@@ -6,12 +6,15 @@ Norms compute their statistics in float32 and return the input's dtype.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from firm_jax.models.quantize import dequantized
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
 EMBEDDING_INIT = nnx.initializers.normal(0.02)
@@ -54,6 +57,22 @@ def project(x, kernel, dtype=None):
     `dtype`: of the result, where it is to keep more of the sum than x's own dtype does.
     """
     return _contract("...I,IO->...O", x, kernel, 0, dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def project_quantized(x, kernel, scale):
+    """`project` with an int8 kernel [I, O] and its scale [1, O], see models/quantize.py.
+
+    The dequantised kernel is not kept for the backward pass, where a scan would stack those of all layers, but made
+    again. Where many rows stay and the kernel is gathered, it moves as int8: half of what it would be afterwards.
+    """
+    if not (jax.typeof(x).sharding.mesh.empty or _rows_move(x, kernel)):
+        beside = _axes(_spec(x)[:-1])
+        kernel, scale = (
+            jax.sharding.reshard(part, P(*(_without(entry, beside) for entry in _spec(part))))
+            for part in (kernel, scale)
+        )
+    return project(x, dequantized(kernel, scale, x.dtype))
 
 
 def _contract(equation: str, x, weights, contracted: int, dtype):
@@ -156,14 +175,21 @@ def repeat_batch(x, like):
 
 
 class Linear(nnx.Module):
-    """x [..., I] -> [..., O], with an optional LoRA branch `x a b` (its scale is folded into b, see models/lora.py)."""
+    """x [..., I] -> [..., O], with an optional LoRA branch `x a b` (its scale is folded into b, see models/lora.py).
+
+    A frozen kernel may be held as int8, with a `kernel_scale` [1, O] (models/quantize.py).
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs, init=KERNEL_INIT):
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), jnp.float32))
+        self.kernel_scale = None
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x, lora: dict | None = None):
-        y = project(x, self.kernel[...])
+        if self.kernel_scale is None:
+            y = project(x, self.kernel[...])
+        else:
+            y = project_quantized(x, self.kernel[...], self.kernel_scale[...])
         if self.bias is not None:
             y = y + self.bias[...]
         if lora is not None:

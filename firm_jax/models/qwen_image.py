@@ -183,6 +183,7 @@ class QwenImageTransformer(nnx.Module):
         (r"(to_out\.0|to_add_out|net\.2)\.kernel$", P("tensor", "fsdp")),
         (r"\.kernel$", P("fsdp", None)),
     )
+    quantizable = r"^blocks\."
 
     def __init__(self, config: QwenImageConfig, *, rngs: nnx.Rngs):
         self.config = config

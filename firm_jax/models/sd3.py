@@ -136,6 +136,7 @@ class SD3Transformer(nnx.Module):
         (r"(to_out\.0|to_add_out|net\.2)\.kernel$", P("tensor", "fsdp")),
         (r"\.kernel$", P("fsdp", None)),
     )
+    quantizable = r"^(dual_blocks|blocks|last_block)\."
 
     def __init__(self, config: SD3Config, *, rngs: nnx.Rngs):
         self.config = config

@@ -26,6 +26,7 @@ from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import to_host
 from firm_jax.models.layers import REMAT_POLICIES
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
+from firm_jax.models.quantize import check_scheme
 from firm_jax.profiling import model_flops_utilisation
 from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
 from firm_jax.rl.evaluate import Evaluator
@@ -84,6 +85,7 @@ def check_config(config) -> None:
             f"{', '.join(RUBRICS)}"
         )
     old_policy_decay(0, train.decay_type)
+    check_scheme(config.quantize)
     if group.images_per_prompt < 2:
         raise ConfigError(
             f"group.images_per_prompt is {group.images_per_prompt}: an advantage is a reward against the mean of its "
@@ -230,7 +232,9 @@ class Job:
     def _load(self) -> None:
         config, mesh = self.config, self.mesh
         self.run.say(f"loading {config.model} and {config.critic.model}")
-        self.generator = Generator.from_pretrained(self.folders["model"], dtype=config.dtype, mesh=mesh)
+        self.generator = Generator.from_pretrained(
+            self.folders["model"], dtype=config.dtype, mesh=mesh, quantize=config.quantize
+        )
         self.critic = Critic.from_pretrained(
             self.folders["critic.model"],
             dtype=config.dtype,

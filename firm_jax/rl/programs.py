@@ -36,7 +36,7 @@ class RLPrograms:
     def __init__(self, config, mesh: Mesh):
         check_config(config)
         self.config, self.mesh, self.devices = config, mesh, batch_size(mesh)
-        self.generator = abstract_generator(config.model, config.dtype, mesh)
+        self.generator = abstract_generator(config.model, config.dtype, mesh, config.quantize)
         check_editing(config, resolve_reward(config.reward.name, config.reward.weights), self.generator.edits)
         for section in (config.rollout, config.eval):
             self.generator.latent_shape(section.height, section.width)
@@ -140,10 +140,10 @@ class RLPrograms:
         )
 
 
-def abstract_generator(name: str, dtype: str, mesh: Mesh) -> Generator:
+def abstract_generator(name: str, dtype: str, mesh: Mesh, quantize: str | None) -> Generator:
     """The generator of a folder, or of a published pipeline's configs, with shapes in the place of weights."""
     if folder := find_local(name):
         kind = pipeline_class(read_model_index(folder))
-        return kind.from_configs(kind.read_configs(folder), dtype, mesh)
+        return kind.from_configs(kind.read_configs(folder), dtype, mesh, quantize)
     configs = published(PIPELINES, name, "model")
-    return pipeline_class(configs["model_index"]).from_configs(configs, dtype, mesh)
+    return pipeline_class(configs["model_index"]).from_configs(configs, dtype, mesh, quantize)
