@@ -92,7 +92,7 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "layer's kernel is gathered for its matmul over many rows; so are, whole, those outside the stacks (the "
             "generator's last block, embedders and output, the critic's patch embedding and merger; 84 MB each for "
             "SD3.5-medium and an 8B critic in bfloat16), but not embedding tables, output heads and modulations. While "
-            "the critic writes, no weight is gathered.",
+            "the critic writes, no weight is gathered. With `quantize=int8` none has a stack's kernels as floats.",
         ),
     },
     "Numbers": {
