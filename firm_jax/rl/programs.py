@@ -140,7 +140,7 @@ class RLPrograms:
         )
 
 
-def abstract_generator(name: str, dtype: str, mesh: Mesh, quantize: str | None) -> Generator:
+def abstract_generator(name: str, dtype: str, mesh: Mesh, quantize: str | None = None) -> Generator:
     """The generator of a folder, or of a published pipeline's configs, with shapes in the place of weights."""
     if folder := find_local(name):
         kind = pipeline_class(read_model_index(folder))
