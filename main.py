@@ -35,7 +35,7 @@ JOBS = {
     "critic_sft": "firm_jax.critic.sft:train",
     "critic_vision": "firm_jax.critic.vision:train_vision",
     "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
-    "edit_matching": "firm_jax.generation.pretrain_edit:train_edit_matching",
+    "qwen_matching": "firm_jax.generation.pretrain_qwen:train_qwen_matching",
     "autoencoder": "firm_jax.generation.autoencoder:train_autoencoder",
 }
 # Job -> its programs, from its config and a mesh: what `--plan` compiles.

@@ -1,5 +1,5 @@
 """The jobs that train the miniature: `:autoencoder`, `:autoencoder_kl`, `:generator`; `:critic_vision`, `:critic_gen`;
-for editing `:edit_autoencoder`, `:edit_generator`; `:critic_edit`.
+of Qwen-Image `:qwen_autoencoder`, `:qwen_generator`, for editing `:edit_generator`; `:critic_edit`.
 
 Each starts from the folder that the one before it left, and the critics also see the generator's pictures.
 Each is meant for two CPU cores and can be interrupted and continued.
@@ -52,7 +52,7 @@ def autoencoder() -> ConfigDict:
     return config
 
 
-def edit_autoencoder() -> ConfigDict:
+def qwen_autoencoder() -> ConfigDict:
     """AutoencoderKLQwenImage, of the same sizes; its second stage is `:autoencoder_kl` with `--config.init`."""
     config = autoencoder()
     config.vae_class = "AutoencoderKLQwenImage"
@@ -116,11 +116,12 @@ def generator() -> ConfigDict:
 
 def edit_generator() -> ConfigDict:
     """A Qwen-Image-Edit-Plus pipeline, trained at last on edits that are often wrong and careless."""
-    config = _job("edit_matching")
+    config = _job("qwen_matching")
+    config.pipeline = "QwenImageEditPlusPipeline"
     config.train.update({"epochs": 18, "steps_per_epoch": 500, "batch_size": 32, "learning_rate": 2e-3})
     config.train.update({"tasks": 16_384, "caption_readout": 0.1, "picture_readout": 0.3})
-    config.train.update({"untouched": 0.1, "wrong": 0.5, "careless": 0.3, "wrong_epochs": 6})
-    config.eval.update({"every": 2, "sources": 80, "steps": 6})
+    config.train.update({"wrong_epochs": 6, "faults": {"untouched": 0.1, "wrong": 0.5, "careless": 0.3}})
+    config.eval.update({"every": 2, "tasks": 240, "steps": 6})
     config.samples = 3072
     config.vae = "embedded:qwen_image_edit/vae"  # or the folder that the autoencoder job left
     config.shift = 2.0
@@ -164,6 +165,18 @@ def edit_generator() -> ConfigDict:
         "axes_dims_rope": (4, 14, 14),
         "patch_size": 2,
     }
+    return config
+
+
+def qwen_generator() -> ConfigDict:
+    """A Qwen-Image pipeline, of text alone, trained at last on captions of which a part is wrong."""
+    config = edit_generator()
+    config.pipeline = "QwenImagePipeline"
+    config.train.faults = {"wrong": 0.15}
+    config.samples, config.vae = 2048, "embedded:qwen_image/vae"
+    config.text.update({"hidden_size": 64, "intermediate_size": 128})
+    config.text.rope_parameters.mrope_section = (3, 3, 2)
+    config.transformer.update({"num_attention_heads": 2, "num_layers": 4})
     return config
 
 
@@ -240,10 +253,11 @@ def critic_vision() -> ConfigDict:
 
 VARIANTS = {
     "autoencoder": autoencoder,
-    "edit_autoencoder": edit_autoencoder,
+    "qwen_autoencoder": qwen_autoencoder,
     "autoencoder_kl": autoencoder_kl,
     "generator": generator,
     "edit_generator": edit_generator,
+    "qwen_generator": qwen_generator,
     "critic_vision": critic_vision,
     "critic_gen": critic_gen,
     "critic_edit": critic_edit,

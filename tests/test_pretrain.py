@@ -13,7 +13,7 @@ from firm_jax.config import load_config
 from firm_jax.critic import Critic, vision
 from firm_jax.critic.rubric import Rubric
 from firm_jax.errors import ConfigError
-from firm_jax.generation import Generator, autoencoder, pretrain, pretrain_edit
+from firm_jax.generation import Generator, autoencoder, pretrain, pretrain_qwen
 from firm_jax.mesh import make_mesh
 from firm_jax.run import Run, Stopped
 from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations
@@ -26,7 +26,7 @@ FEW = {"epochs": 2, "steps_per_epoch": 2, "batch_size": 2, "warmup_steps": 1}
 @pytest.fixture(scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patched:
-        for module in (autoencoder, pretrain, pretrain_edit, vision):
+        for module in (autoencoder, pretrain, pretrain_qwen, vision):
             patched.setattr(module, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1]))
         yield
 
@@ -133,7 +133,7 @@ def test_a_warm_up_longer_than_the_training_is_an_error(tmp_path, one_device):
 
 @pytest.fixture(scope="module")
 def trained_edit_autoencoder(tmp_path_factory, one_device):
-    config = load_config("configs/shapes.py:edit_autoencoder")
+    config = load_config("configs/shapes.py:qwen_autoencoder")
     config.train.update(FEW)
     config.eval.images = 8
     config.vae.update({"base_dim": 8, "dim_mult": (1, 1, 1, 1)})
@@ -153,10 +153,10 @@ def test_the_edit_generator_job_continues_and_leaves_a_pipeline(trained_edit_aut
     config.train.update(FEW | {"tasks": 20, "batch_size": 4, "wrong_epochs": 1})
     config.transformer.num_layers, config.text.num_hidden_layers, config.vision.depth = 1, 1, 1
     config.vision.fullatt_block_indexes = (0,)
-    config.eval.update({"sources": 1, "steps": 2})
+    config.eval.update({"tasks": 3, "steps": 2})
     config.samples, config.vae = 9, str(trained_edit_autoencoder / "model")
-    pretrain_edit.train_edit_matching(config, str(tmp_path / "straight"))
-    stop_and_continue(pretrain_edit.train_edit_matching, config, tmp_path / "stopped")
+    pretrain_qwen.train_qwen_matching(config, str(tmp_path / "straight"))
+    stop_and_continue(pretrain_qwen.train_qwen_matching, config, tmp_path / "stopped")
     assert weights(tmp_path / "straight") == weights(tmp_path / "stopped")
     metrics = last_metrics(tmp_path / "straight")
     assert np.isfinite(metrics["loss/flow"]) and 0 <= metrics["eval/oracle_preservation"] <= 1
@@ -189,3 +189,23 @@ def test_a_critic_may_start_from_the_weights_of_another_vocabulary(tmp_path):
     np.testing.assert_allclose(made[ours.get_vocab()["turn"]], rows[pieces].mean(0), rtol=1e-6)
     kernels = [np.asarray(network.language_model.layers.mlp.up_proj.kernel[...]) for network in (old, new)]
     np.testing.assert_array_equal(*kernels)
+
+
+def test_the_qwen_generator_job_draws_from_text_alone(trained_edit_autoencoder, tmp_path, one_device):
+    config = load_config("configs/shapes.py:qwen_generator")
+    config.train.update(FEW | {"tasks": 20, "batch_size": 4, "wrong_epochs": 1})
+    config.transformer.num_layers, config.text.num_hidden_layers, config.vision.depth = 1, 1, 1
+    config.vision.fullatt_block_indexes = (0,)
+    config.eval.update({"tasks": 3, "steps": 2})
+    config.samples, config.vae = 8, str(trained_edit_autoencoder / "model")
+    pretrain_qwen.train_qwen_matching(config, str(tmp_path))
+    metrics = last_metrics(tmp_path)
+    assert np.isfinite(metrics["loss/flow"]) and 0 <= metrics["eval/oracle_fraction"] <= 1
+    assert len(ShapesConversations(4, RUBRICS, seed=0, stream=0, samples=tmp_path / "samples.npz", share=1.0)) == 4
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == "QwenImagePipeline" and "processor" not in index
+    generator = Generator.from_pretrained(tmp_path / "model", dtype="float32")
+    assert generator.sample(["a red circle"], steps=1, guidance=1, height=64, width=64).shape == (1, 64, 64, 3)
+    config.pipeline = "QwenImageEditPipeline"
+    with pytest.raises(ConfigError, match="trained here are QwenImagePipeline, QwenImageEditPlusPipeline"):
+        pretrain_qwen.train_qwen_matching(config, str(tmp_path))
