@@ -458,7 +458,7 @@ def nothing_is_loaded(monkeypatch):
         ({"critic.max_failure_rate": 20.0}, "critic.max_failure_rate is 20.0; it is a share"),
         ({"critic.max_new_tokens": 1000}, "critic.max_new_tokens = 1000 leaves no room"),
         ({"critic.backend": "http"}, "critic.backend is 'http'"),
-        ({"rollout.height": 18}, "height and width must be multiples of 4, not 18 x 16"),
+        ({"rollout.height": 18}, "height and width must be positive multiples of 4, not 18 x 16"),
         ({"eval.width": 44}, "latents of 8 x 22"),
         ({"group.prompts_per_epoch": 5}, "only 4 distinct training prompts"),
     ],

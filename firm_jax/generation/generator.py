@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from firm_jax import models
 from firm_jax.errors import ConfigError
+from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
 from firm_jax.generation.solvers import integrate
 from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import resolve
@@ -36,19 +39,26 @@ class Generator:
     `params` and `vae_params` are the weights as pytrees: they, and everything that changes, are arguments of the pure
     functions, so that a caller can jit them into a program of its own. Latents are [B, h, w, C] there, in the
     transformer's units; `lora` is a tree of adapters with its strength folded in (models/lora.py), or None. A
-    subclass for each family of pipelines gives `condition`, `velocity`, `decode`, `latent_shape`, `check_size` and
-    `sigmas`. `edits`: whether it takes source images, `max_images` of them for each prompt.
+    subclass for each family of pipelines gives `condition` and `velocity`.
+
+    edits: whether it takes source images, `max_images` of them for each prompt. even_sigmas: whether the schedule
+    starts from evenly spaced noise shares, whatever the scheduler's own table holds.
     """
 
     edits: bool = False
     max_images: int = 0
-    params: object
-    vae_params: object
-    edits = False  # whether it changes source images, or draws from text alone
-    max_images = 0  # how many source images it takes
+    even_sigmas: bool = False
 
-    def __init__(self, mesh: Mesh | None, lora: dict | None):
+    def __init__(
+        self, transformer: nnx.Module, vae: nnx.Module, scheduler: Mapping, mesh: Mesh | None, lora: dict | None
+    ):
         self.mesh, self.lora = mesh, lora
+        self.config, self.vae_config = transformer.config, vae.config
+        self.sharding_rules = transformer.sharding_rules
+        self.graphdef, self.params = nnx.split(transformer)
+        self.vae_graphdef, self.vae_params = nnx.split(vae)
+        self.scheduler = dict(scheduler)
+        self.timesteps = (SCHEDULER_DEFAULTS | self.scheduler)["num_train_timesteps"]
         self._draw = jax.jit(self._draw_rows, static_argnames=("shape", "solver"))
         self.decode_jitted = jax.jit(self.decode)
 
@@ -194,6 +204,12 @@ class Generator:
             paired = jax.tree.map(beside, negative, conditioning)
         return integrate(velocity, noise, sigmas, solver=solver, key=key)
 
+    def velocity(
+        self, params, lora, x: Float[Array, "B h w C"], t: Float[Array, "B"], conditioning, *, remat: str = "none"
+    ) -> Float[Array, "B h w C"]:
+        """The predicted `noise - image`, float32, at noise share t in [0, 1]; pure, for rollout and training alike."""
+        raise NotImplementedError
+
     @staticmethod
     def take(conditioning, negative, rows: Int[Array, "B"]):
         """The rows of B samples in what `condition` returned; a negative of one row stays as it is."""
@@ -219,6 +235,11 @@ class Generator:
             params, lora, noise, sigmas, conditioning, guidance=guidance, negative=negative, solver=solver, key=keys
         )
 
+    def decode(self, vae_params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """The images of final latents, float32 in [0, 1]; pure."""
+        images = nnx.merge(self.vae_graphdef, vae_params).decode(self.vae_config.restore(latents))
+        return jnp.clip(images / 2 + 0.5, 0, 1).astype(jnp.float32)
+
     def decode_on_host(self, latents: np.ndarray) -> np.ndarray:
         """Images of host latents, a few at a time: a decoder's activations outweigh its images a hundredfold.
 
@@ -230,6 +251,54 @@ class Generator:
             rows = np.minimum(np.arange(start, start + chunk), len(latents) - 1)
             images.append(to_host(self.decode_jitted(self.vae_params, shard_batch(latents[rows], self.mesh))))
         return np.concatenate(images)[: len(latents)]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, C) of an image's latents; ConfigError for a size that the networks do not take."""
+        return latent_shape(self.config, self.vae_config, height, width)
+
+    def image_size(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width in pixels of latents h x w."""
+        return h * self.vae_config.downscale, w * self.vae_config.downscale
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image in the transformer."""
+        h, w, _ = self.latent_shape(height, width)
+        return h * w // self.config.patch_size**2
+
+    def sample_tokens(self, height: int, width: int, conditioning) -> tuple[int, int]:
+        """Image tokens and text tokens of one sample in the transformer."""
+        return self.image_tokens(height, width), conditioning.context.shape[1]
+
+    def sigmas(self, steps: int, height: int, width: int) -> Float[Array, "steps+1"]:
+        """The schedule that the folder's scheduler config asks for."""
+        tokens = self.image_tokens(height, width)
+        return sigmas_from_config(self.scheduler, steps, tokens, linear_base=self.even_sigmas)
+
+    def forward_flops(self, height: int, width: int, conditioning) -> int:
+        """Floating-point operations of the transformer for one image at one noise level, by our count."""
+        return self.config.forward_flops(*self.sample_tokens(height, width, conditioning))
+
+    def backward_flops(self, height: int, width: int, conditioning) -> int:
+        """Those of the gradient of a LoRA's loss, its forward pass left out."""
+        return self.config.backward_flops(*self.sample_tokens(height, width, conditioning))
+
+    def decode_flops(self, height: int, width: int) -> int:
+        """Those of decoding one image."""
+        h, w, _ = self.latent_shape(height, width)
+        return self.vae_config.decode_flops(h, w)
+
+
+def latent_shape(config, vae_config, height: int, width: int) -> tuple[int, int, int]:
+    """(h, w, C) of the latents of an image of `height` x `width` pixels; ConfigError for a size that does not fit.
+
+    config, vae_config: of the transformer and of the autoencoder.
+    """
+    scale = vae_config.downscale
+    multiple = scale * config.patch_size
+    if height % multiple or width % multiple or min(height, width) <= 0:
+        raise ConfigError(f"height and width must be positive multiples of {multiple}, not {height} x {width}")
+    config.check_latent_size(height // scale, width // scale)
+    return height // scale, width // scale, config.latent_channels
 
 
 def decoded_together(count: int, size: tuple[int, int], devices: int) -> int:
@@ -254,7 +323,9 @@ def pipeline_class(index: Mapping) -> type[Generator]:
 
 def check_size(folder: Path, height: int, width: int) -> None:
     """ConfigError for images that the pipeline in a folder cannot draw; told before any weights are read."""
-    pipeline_class(read_model_index(folder)).check_size(folder, height, width)
+    read_model_index(folder)
+    config, vae_config = (models.read_network_config(folder / part) for part in ("transformer", "vae"))
+    latent_shape(config, vae_config, height, width)
 
 
 def read_model_index(folder: Path) -> dict:

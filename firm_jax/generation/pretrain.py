@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from firm_jax import models
 from firm_jax.fit import fit
@@ -46,11 +47,22 @@ class Readout(nnx.Module):
         return sum(entropies) / len(entropies)
 
 
-def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
-    """Rectified flow: the squared error of the velocity `noise - x0` at `x_t = (1 - t) x0 + t noise`.
+def flow_example(key, x0: Float[Array, "B h w C"], shift: float):
+    """Latents at random noise shares, `x_t = (1 - t) x0 + t noise`, with t [B] and the velocity `noise - x0`.
 
-    t is distributed as the sampler's sigmas: uniform, moved by the schedule's shift. A share `train.unconditional` of
-    the captions arrives empty, for classifier-free guidance.
+    t is distributed as the sampler's sigmas: uniform, moved by the schedule's shift.
+    """
+    noise_key, time_key = jax.random.split(key)
+    t = jax.random.uniform(time_key, x0.shape[:1])
+    t = shift * t / (1 + (shift - 1) * t)
+    noise = jax.random.normal(noise_key, x0.shape)
+    return noised(x0, noise, t), t, noise - x0
+
+
+def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
+    """Rectified flow: the squared error of the velocity (`flow_example`).
+
+    A share `train.unconditional` of the captions arrives empty, for classifier-free guidance.
 
     Two cross-entropies of linear read-outs, thrown away afterwards, teach sooner what velocities teach late. The text
     encoders of a real pipeline can read before a picture is drawn, and these learn along: their pooled vector, and the
@@ -60,18 +72,14 @@ def flow_matching_loss(generator: SD3Generator, readouts, config) -> Callable:
     """
 
     def loss(params, batch, key):
-        noise_key, time_key = jax.random.split(key)
-        x0 = batch["latents"]
-        t = jax.random.uniform(time_key, x0.shape[:1])
-        t = config.shift * t / (1 + (config.shift - 1) * t)
-        noise = jax.random.normal(noise_key, x0.shape)
+        x_t, t, target = flow_example(key, batch["latents"], config.shift)
         conditioning = generator.text_encoders.encode(params["text"], batch["ids"], config.text.t5_length)
         transformer = nnx.merge(generator.graphdef, params["transformer"])
         v, tokens = transformer(
-            noised(x0, noise, t), t * generator.timesteps, conditioning.context, conditioning.pooled,
+            x_t, t * generator.timesteps, conditioning.context, conditioning.pooled,
             remat="full", with_tokens=True,
         )  # fmt: skip
-        flow = jnp.square(v - (noise - x0)).mean()
+        flow = jnp.square(v - target).mean()
         clip, t5 = jnp.split(conditioning.context, [config.text.clip_length], axis=1)
         *ask_texts, ask_picture = (nnx.merge(*parts) for parts in zip(readouts, params["readouts"], strict=True))
         texts = (conditioning.pooled, clip.mean(1), t5.mean(1))

@@ -19,10 +19,9 @@ from firm_jax.errors import ConfigError
 from firm_jax.fit import fit
 from firm_jax.generation.folder import read_scheduler, write_scheduler
 from firm_jax.generation.generator import pipeline_class
-from firm_jax.generation.pretrain import Readout, of_tokens, write_samples
+from firm_jax.generation.pretrain import Readout, flow_example, of_tokens, write_samples
 from firm_jax.generation.qwen_image import QwenImageGenerator, pack_sources
 from firm_jax.generation.qwen_text import QwenTextEncoder
-from firm_jax.generation.schedules import noised
 from firm_jax.generation.text import load_tokenizer
 from firm_jax.interop.hub import resolve
 from firm_jax.mesh import make_mesh, replicate, shard_batch, to_host
@@ -104,18 +103,14 @@ def qwen_matching_loss(generator: QwenImageGenerator, readouts, config) -> Calla
     """
 
     def loss(params, batch, key):
-        noise_key, time_key = jax.random.split(key)
-        x0 = batch["latents"]
-        t = jax.random.uniform(time_key, x0.shape[:1])
-        t = config.shift * t / (1 + (config.shift - 1) * t)
-        noise = jax.random.normal(noise_key, x0.shape)
+        x_t, t, target = flow_example(key, batch["latents"], config.shift)
         context = generator.text_encoder.encode(params["text"], batch)
         transformer = nnx.merge(generator.graphdef, params["transformer"])
         v, tokens = transformer(
-            noised(x0, noise, t), t * generator.timesteps, context, batch["mask"], sources=batch.get("sources"),
+            x_t, t * generator.timesteps, context, batch["mask"], sources=batch.get("sources"),
             with_tokens=True,
         )  # fmt: skip
-        flow = jnp.square(v - (noise - x0)).mean()
+        flow = jnp.square(v - target).mean()
         ask_text, ask_picture = (nnx.merge(*parts) for parts in zip(readouts, params["readouts"], strict=True))
         words = batch["words"][..., None]
         caption = ask_text((words * context).sum(1) / words.sum(1), batch["said"])

@@ -18,13 +18,11 @@ from firm_jax.errors import ConfigError, DataError
 from firm_jax.generation.folder import check_parts, read_scheduler, write_index, write_scheduler
 from firm_jax.generation.generator import Generator, decoded_together
 from firm_jax.generation.qwen_text import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, QwenTextEncoder, Template
-from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
 from firm_jax.generation.sources import as_batch, cropped_size, resized, size_of_area, to_image
 from firm_jax.generation.text import load_tokenizer
 from firm_jax.mesh import batch_size, on_mesh, replicate, shard_batch, to_host
 from firm_jax.models.mmdit import patchify
-from firm_jax.models.qwen_image import QwenImageConfig, Sources, pack_sources
-from firm_jax.models.vae_qwen_image import AutoencoderKLQwenImageConfig
+from firm_jax.models.qwen_image import Sources, pack_sources
 
 LIBRARIES = {"transformer": "diffusers", "vae": "diffusers", "text_encoder": "transformers"}
 
@@ -44,6 +42,7 @@ class QwenImageGenerator(Generator):
     template: Template = TEXT_TO_IMAGE
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     empty_prompt = " "
+    even_sigmas = True
     default_text_tokens = 512
 
     def __init__(
@@ -56,13 +55,8 @@ class QwenImageGenerator(Generator):
         lora: dict | None = None,
         processor_folder: Path | None = None,
     ):
-        super().__init__(mesh, lora)
-        self.config, self.vae_config = transformer.config, vae.config
-        self.sharding_rules = transformer.sharding_rules
-        self.graphdef, self.params = nnx.split(transformer)
-        self.vae_graphdef, self.vae_params = nnx.split(vae)
-        self.text_encoder, self.scheduler, self.processor_folder = text_encoder, dict(scheduler), processor_folder
-        self.timesteps = (SCHEDULER_DEFAULTS | self.scheduler)["num_train_timesteps"]
+        super().__init__(transformer, vae, scheduler, mesh, lora)
+        self.text_encoder, self.processor_folder = text_encoder, processor_folder
         self.encode_sources_jitted = jax.jit(self.encode_sources)
         for what, size, needed in (
             ("latent channels of the vae", vae.config.z_dim, transformer.config.latent_channels),
@@ -192,7 +186,7 @@ class QwenImageGenerator(Generator):
         *,
         remat: str = "none",
     ) -> Float[Array, "B h w C"]:
-        """The predicted `noise - image`, float32, at noise share t in [0, 1]; pure, for rollout and training alike."""
+        """See `Generator.velocity`."""
         transformer = nnx.merge(self.graphdef, params)
         timestep = t.astype(jnp.float32) * self.timesteps
         context, mask, sources = conditioning
@@ -212,55 +206,15 @@ class QwenImageGenerator(Generator):
         scale = (norms(positive) / jnp.maximum(norms(guided), 1e-12)).reshape(B, h // p, w // p, 1)
         return guided * scale.repeat(p, 1).repeat(p, 2)
 
-    def decode(self, vae_params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """The images of final latents, float32 in [0, 1]; pure."""
-        images = nnx.merge(self.vae_graphdef, vae_params).decode(self.vae_config.restore(latents))
-        return jnp.clip(images / 2 + 0.5, 0, 1).astype(jnp.float32)
-
     def encode_sources(self, vae_params, images: Float[Array, "B H W 3"]) -> Float[Array, "B S F"]:
         """Images in [-1, 1] as the transformer's tokens; pure."""
         mean, _ = nnx.merge(self.vae_graphdef, vae_params).encode(images)
         return patchify(self.vae_config.standardise(mean.astype(jnp.float32)), self.config.patch_size)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of an image's latents; ConfigError for a size that the networks do not take."""
-        return latent_shape(self.config, self.vae_config, height, width)
-
-    @staticmethod
-    def check_size(folder: Path, height: int, width: int) -> None:
-        """ConfigError for a size that the pipeline in a folder does not take; reads its configs only."""
-        config = QwenImageConfig.from_hf(models.read_config(folder / "transformer"))
-        latent_shape(config, AutoencoderKLQwenImageConfig.from_hf(models.read_config(folder / "vae")), height, width)
-
-    def forward_flops(self, height: int, width: int, conditioning) -> int:
-        """Floating-point operations of the transformer for one image at one noise level, by our count."""
-        return self.config.forward_flops(*self._tokens(height, width, conditioning))
-
-    def backward_flops(self, height: int, width: int, conditioning) -> int:
-        """Those of the gradient of a LoRA's loss, its forward pass left out."""
-        return self.config.backward_flops(*self._tokens(height, width, conditioning))
-
-    def _tokens(self, height: int, width: int, conditioning) -> tuple[int, int]:
-        """Image and text tokens of one sample."""
-        sources = 0 if conditioning.sources is None else conditioning.sources.tokens.shape[1]
-        return self._image_tokens(height, width) + sources, conditioning.context.shape[1]
-
-    def decode_flops(self, height: int, width: int) -> int:
-        """Those of decoding one image."""
-        h, w, _ = self.latent_shape(height, width)
-        return self.vae_config.decode_flops(h, w)
-
-    def _image_tokens(self, height: int, width: int) -> int:
-        h, w, _ = self.latent_shape(height, width)
-        return h * w // self.config.patch_size**2
-
-    def image_size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width in pixels of latents h x w."""
-        return h * self.vae_config.downscale, w * self.vae_config.downscale
-
-    def sigmas(self, steps: int, height: int, width: int) -> Float[Array, "steps+1"]:
-        """The schedule that the folder's scheduler config asks for, from evenly spaced noise shares."""
-        return sigmas_from_config(self.scheduler, steps, self._image_tokens(height, width), linear_base=True)
+    def sample_tokens(self, height: int, width: int, conditioning) -> tuple[int, int]:
+        """Image tokens, source images' among them, and text tokens of one sample in the transformer."""
+        image, text = super().sample_tokens(height, width, conditioning)
+        return image + (0 if conditioning.sources is None else conditioning.sources.tokens.shape[1]), text
 
 
 class QwenImageEditGenerator(QwenImageGenerator):
@@ -358,13 +312,3 @@ class QwenImageEditPlusGenerator(QwenImageEditGenerator):
 def listed(images) -> list:
     """The source images of one prompt: a sequence of them, or a single one."""
     return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def latent_shape(
-    config: QwenImageConfig, vae_config: AutoencoderKLQwenImageConfig, height: int, width: int
-) -> tuple[int, int, int]:
-    """(h, w, C) of the latents of an image of `height` x `width` pixels; ConfigError for a size that does not fit."""
-    multiple = vae_config.downscale * config.patch_size
-    if height % multiple or width % multiple or min(height, width) <= 0:
-        raise ConfigError(f"height and width must be positive multiples of {multiple}, not {height} x {width}")
-    return height // vae_config.downscale, width // vae_config.downscale, config.latent_channels

@@ -12,7 +12,6 @@ from firm_jax import models
 from firm_jax.errors import ConfigError
 from firm_jax.generation.folder import check_parts, present_parts, read_scheduler, write_index, write_scheduler
 from firm_jax.generation.generator import Generator, read_model_index
-from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
 from firm_jax.generation.text import (
     CLIP_ENCODERS,
     DEFAULT_TEXT_TOKENS,
@@ -21,8 +20,6 @@ from firm_jax.generation.text import (
     TextEncoders,
     tokenizer_name,
 )
-from firm_jax.models.sd3 import SD3Config
-from firm_jax.models.vae_kl import AutoencoderKLConfig
 
 PIPELINE = "StableDiffusion3Pipeline"
 REQUIRED = ("transformer", "vae", "scheduler", *CLIP_ENCODERS, *map(tokenizer_name, CLIP_ENCODERS))
@@ -42,20 +39,15 @@ class SD3Generator(Generator):
         mesh: Mesh | None = None,
         lora: dict | None = None,
     ):
-        super().__init__(mesh, lora)
-        self.config, self.vae_config = transformer.config, vae.config
-        self.sharding_rules = transformer.sharding_rules
-        self.graphdef, self.params = nnx.split(transformer)
-        self.vae_graphdef, self.vae_params = nnx.split(vae)
-        self.text_encoders, self.scheduler = text_encoders, dict(scheduler)
-        self.timesteps = (SCHEDULER_DEFAULTS | self.scheduler)["num_train_timesteps"]
+        super().__init__(transformer, vae, scheduler, mesh, lora)
+        self.text_encoders = text_encoders
         self._check_parts()
 
     def _check_parts(self) -> None:
         """ConfigError unless the networks fit each other."""
         config, text = self.config, self.text_encoders.configs
         clip = [text[name] for name in CLIP_ENCODERS]
-        latents, pooled, width = config.in_channels, config.pooled_projection_dim, config.joint_attention_dim
+        latents, pooled, width = config.latent_channels, config.pooled_projection_dim, config.joint_attention_dim
         sizes = [
             ("channels of the transformer's output", config.velocity_channels, latents),
             ("latent channels of the vae", self.vae_config.latent_channels, latents),
@@ -150,59 +142,8 @@ class SD3Generator(Generator):
         *,
         remat: str = "none",
     ) -> Float[Array, "B h w C"]:
-        """The predicted `noise - image`, float32, at noise share t in [0, 1]; pure, for rollout and training alike."""
+        """See `Generator.velocity`."""
         transformer = nnx.merge(self.graphdef, params)
         timestep = t.astype(jnp.float32) * self.timesteps
         v = transformer(x, timestep, conditioning.context, conditioning.pooled, lora=lora, remat=remat)
         return v.astype(jnp.float32)
-
-    def decode(self, vae_params, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """The images of final latents, float32 in [0, 1]; pure."""
-        images = nnx.merge(self.vae_graphdef, vae_params).decode(self.vae_config.restore(latents))
-        return jnp.clip(images / 2 + 0.5, 0, 1).astype(jnp.float32)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of an image's latents; ConfigError for a size that the networks do not take."""
-        return latent_shape(self.config, self.vae_config, height, width)
-
-    @staticmethod
-    def check_size(folder: Path, height: int, width: int) -> None:
-        """ConfigError for a size that the pipeline in a folder does not take; reads its configs only."""
-        config = SD3Config.from_hf(models.read_config(folder / "transformer"))
-        vae_config = AutoencoderKLConfig.from_hf(models.read_config(folder / "vae"))
-        latent_shape(config, vae_config, height, width)
-
-    def forward_flops(self, height: int, width: int, conditioning: Conditioning) -> int:
-        """Floating-point operations of the transformer for one image at one noise level, by our count."""
-        return self.config.forward_flops(self._image_tokens(height, width), conditioning.context.shape[1])
-
-    def backward_flops(self, height: int, width: int, conditioning: Conditioning) -> int:
-        """Those of the gradient of a LoRA's loss, its forward pass left out."""
-        return self.config.backward_flops(self._image_tokens(height, width), conditioning.context.shape[1])
-
-    def decode_flops(self, height: int, width: int) -> int:
-        """Those of decoding one image."""
-        h, w, _ = self.latent_shape(height, width)
-        return self.vae_config.decode_flops(h, w)
-
-    def _image_tokens(self, height: int, width: int) -> int:
-        h, w, _ = self.latent_shape(height, width)
-        return h * w // self.config.patch_size**2
-
-    def image_size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width in pixels of latents h x w."""
-        return h * self.vae_config.downscale, w * self.vae_config.downscale
-
-    def sigmas(self, steps: int, height: int, width: int) -> Float[Array, "steps+1"]:
-        """The schedule that the folder's scheduler config asks for."""
-        return sigmas_from_config(self.scheduler, steps, self._image_tokens(height, width))
-
-
-def latent_shape(config: SD3Config, vae_config: AutoencoderKLConfig, height: int, width: int) -> tuple[int, int, int]:
-    """(h, w, C) of the latents of an image of `height` x `width` pixels; ConfigError for a size that does not fit."""
-    scale = vae_config.downscale
-    multiple = scale * config.patch_size
-    if height % multiple or width % multiple:
-        raise ConfigError(f"height and width must be multiples of {multiple}, not {height} x {width}")
-    config.check_latent_size(height // scale, width // scale)
-    return height // scale, width // scale, config.in_channels

@@ -91,6 +91,11 @@ def read_config(folder: Path) -> dict:
         raise WeightsError(f"{folder} is not a model folder: it has no config.json") from None
 
 
+def read_network_config(folder: Path):
+    """The config of the network in a folder, as its class has it; the errors are those of `from_pretrained`."""
+    return _of_config(read_config(folder), Path(folder) / "config.json")[1]
+
+
 def from_pretrained(folder, dtype="float32", mesh=None, quantize: str | None = None) -> nnx.Module:
     """One component from its Hugging Face folder (config.json and safetensors), on the mesh by its sharding rules.
 

@@ -91,6 +91,10 @@ class SD3Config:
         return len(self.dual_attention_layers)
 
     @property
+    def latent_channels(self) -> int:
+        return self.in_channels
+
+    @property
     def velocity_channels(self) -> int:
         return self.in_channels if self.out_channels is None else self.out_channels
 

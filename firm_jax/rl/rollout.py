@@ -34,7 +34,9 @@ def conditioner(generator: Generator, settings, every: Sequence[PromptRecord]) -
 
     Its arrays have one shape whichever records of `every` are chosen, so the programs they go to are compiled once.
     """
-    sizes = [[(image.height, image.width) for image in record.images] for record in every] if generator.edits else None
+    sizes = None
+    if generator.edits:  # many records are of few sizes
+        sizes = sorted({tuple((image.height, image.width) for image in record.images) for record in every})
 
     def condition(records: Sequence[PromptRecord]):
         return generator.condition([record.text for record in records], settings, sources_of(records), sizes)
