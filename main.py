@@ -11,12 +11,10 @@ without weights or a workdir, and prints what it needs of each chip and whether 
 """
 
 import importlib
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from absl import app, flags
@@ -25,6 +23,7 @@ from ml_collections import config_flags
 
 from firm_jax import storage
 from firm_jax.config import parse_flags
+from firm_jax.devices import say_nothing_of_absent_devices, use_compilation_cache
 from firm_jax.errors import ConfigError, FirmError
 from firm_jax.plan import plan
 from firm_jax.processes import LOST_EXIT_CODE, SERVICE_SECONDS
@@ -79,13 +78,6 @@ def named(name: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another one."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "firm_jax" / "compiled"))
-
-
 def split_cpu(config) -> None:
     """Make `config.cpu_devices` devices of this machine's CPU, if it is to compute: one leaves cores idle.
 
@@ -117,8 +109,7 @@ def join_processes(config) -> None:
 
 def command_line() -> None:
     """Run `main` and turn how it ends into an exit code; people get a message, bugs a traceback."""
-    # That a machine has no TPU is not news.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    say_nothing_of_absent_devices()
     try:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:

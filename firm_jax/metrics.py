@@ -40,7 +40,7 @@ class JsonLines:
             self._file = self.path.open("ab")
         except OSError as error:
             raise WorkdirError(
-                f"cannot append to {self.path}: {error}. Make it writable, or change --workdir."
+                f"cannot append to {self.path}: {error}. Make it writable, or change --workdir or --out."
             ) from error
 
     def append(self, record: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class JsonLines:
         except OSError as error:
             raise WorkdirError(
                 f"cannot write to {self.path}: {error}. Free some space and start the same command again: "
-                f"the run continues from its last checkpoint."
+                f"it continues from what is saved."
             ) from error
 
 

@@ -94,11 +94,11 @@ def config_for(world: Path, mesh: tuple[int, int, int]) -> ConfigDict:
 class WritingCritic(Critic):
     """Random weights write no readable answer: here the score is the sum of the tokens, whatever they say."""
 
-    def _judgement(self, rubric, generation):
+    def judgement(self, criterion, generation):
         score = 1 + int(generation.tokens.sum()) % 5
         probabilities = jax.nn.softmax(generation.digit_logits, axis=-1)
         expected = float(np.mean(probabilities @ np.arange(1.0, 6.0)))
-        return judgement(rubric.name, (5, score, 5) if rubric.name == "quality" else score, expected)
+        return judgement(criterion, (5, score, 5) if criterion == "quality" else score, expected)
 
 
 @dataclass

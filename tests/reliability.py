@@ -49,6 +49,15 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "latest when they have seen no sign of life for 60 s. When process 0 dies, JAX may end them itself, at "
             "once and with 134. The same command on every host continues, on another mesh too.",
         ),
+        "scoring-killed": Fault(
+            "`firm-jax score` is killed at any moment",
+            "The same command judges nothing again of which whole batches are on the disk, and ends in the same file.",
+        ),
+        "scoring-changed": Fault(
+            "`firm-jax score` is continued with another list, critic, rubric or setting, or a judged picture has "
+            "changed",
+            "Refused, and what differs is named; the judgements stay as they are.",
+        ),
     },
     "Storage": {
         "damaged-checkpoint": Fault(

@@ -233,7 +233,7 @@ def test_a_prompt_that_the_critic_could_not_read_is_known_before_the_run(critic)
                 critic.judge([request], max_new_tokens=room - 500)
         else:
             check(record)
-            critic._sequence(0, *critic._question(0, rubrics["alignment"], request), {}, room - 500)
+            critic.prompt(request, room - 500)
     with pytest.raises(ConfigError, match="leaves no room"):
         prompt_check(folder, None, ["alignment"], [(16, 16)], critic.max_length)
 

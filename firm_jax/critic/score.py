@@ -38,6 +38,7 @@ class Judgement:
     score's place, for sub-scores the lowest of their means. entropy: of those probabilities, in nats, averaged over
     sub-scores. text: what the critic wrote. status: "ok", "truncated" (no score within the token limit), or the
     parser's word for what is wrong. reason: the critic's own summary. rubric: sha256 of the rubric's text.
+    probabilities: of the digits 1..5, those whose mean is `expected`.
     """
 
     criterion: str
@@ -48,6 +49,7 @@ class Judgement:
     status: str
     reason: str
     rubric: str
+    probabilities: tuple[float, ...] | None = None
 
 
 class Critic:
@@ -100,9 +102,12 @@ class Critic:
         An image is a Pillow image or an array [H, W, 3], uint8 or float in [0, 1]. `progress` wraps the iterable of
         batches. Raises DataError for a request that cannot be served.
         """
-        generations = self._generate(
-            [(r.get("images") or (), r.get("text")) for r in requests], max_new_tokens, progress
-        )
+        patched: dict = {}
+        sequences = [
+            self._sequence(f"request {number}", r.get("images") or (), r.get("text"), patched, max_new_tokens)
+            for number, r in enumerate(requests)
+        ]
+        generations = self.decoder.generate(sequences, max_new_tokens, progress)
         return [self.processor.decode(generation.tokens) for generation in generations]
 
     def judge(self, requests: Requests[Mapping], max_new_tokens: int = 512, progress=iter) -> list[Judgement]:
@@ -112,51 +117,55 @@ class Critic:
         one, `requirement`. An answer without a readable score is a judgement whose score is None: missing, never a
         number. Raises ConfigError for a criterion without a rubric, DataError for a request that cannot be served.
         """
-        rubrics = [_rubric(self.rubrics, request.get("criterion")) for request in requests]
-        pairs = [
-            self._question(number, rubric, request)
-            for number, (rubric, request) in enumerate(zip(rubrics, requests, strict=True))
-        ]
-        generations = self._generate(pairs, max_new_tokens, progress)
-        return [self._judgement(*pair) for pair in zip(rubrics, generations, strict=True)]
-
-    def _question(self, number: int, rubric: Rubric, request: Mapping) -> tuple:
-        """The images and the text of one request to `judge`."""
-        if "images" not in request:
-            raise DataError(f"request {number} has no images; there is nothing to judge")
-        prompt, requirement = request.get("prompt") or "", request.get("requirement") or ""
-        check_request_text(prompt, f"request {number}: the prompt")
-        check_request_text(requirement, f"request {number}: the requirement")
-        return request["images"], rubric.fill(prompt, requirement)
-
-    def _generate(self, pairs, max_new_tokens: int, progress) -> list[Generation]:
         patched: dict = {}
-        sequences = [self._sequence(number, *pair, patched, max_new_tokens) for number, pair in enumerate(pairs)]
-        return self.decoder.generate(sequences, max_new_tokens, progress)
+        prompts = [
+            self.prompt(request, max_new_tokens, name=f"request {number}", patched=patched)
+            for number, request in enumerate(requests)
+        ]
+        generations = self.decoder.generate(prompts, max_new_tokens, progress)
+        criteria = [request["criterion"] for request in requests]
+        return [self.judgement(*pair) for pair in zip(criteria, generations, strict=True)]
 
-    def _sequence(self, number: int, images, text, patched: dict, max_new_tokens: int) -> Sequence:
-        check_request_text(text, f"request {number}: the text")
+    def prompt(
+        self, request: Mapping, max_new_tokens: int, *, name: str = "the request", patched: dict | None = None
+    ) -> Sequence:
+        """What the model is shown for one request to `judge`, whose errors it raises; they call the request `name`.
+
+        `patched`: as in `Processor.sequence`.
+        """
+        rubric = rubric_of(self.rubrics, request.get("criterion"))
+        if "images" not in request:
+            raise DataError(f"{name} has no images; there is nothing to judge")
+        prompt, requirement = request.get("prompt") or "", request.get("requirement") or ""
+        check_request_text(prompt, f"{name}: the prompt")
+        check_request_text(requirement, f"{name}: the requirement")
+        return self._sequence(name, request["images"], rubric.fill(prompt, requirement), patched, max_new_tokens)
+
+    def _sequence(self, name: str, images, text, patched: dict | None, max_new_tokens: int) -> Sequence:
+        check_request_text(text, f"{name}: the text")
         sequence = self.processor.sequence(images, text, patched=patched)
         if len(sequence) + max_new_tokens > self.max_length:
             raise DataError(
-                f"request {number} has {len(sequence)} tokens, with {max_new_tokens} to come that is more than the "
+                f"{name} has {len(sequence)} tokens, with {max_new_tokens} to come that is more than the "
                 f"{self.max_length} that the model was made for; shorten the text or use smaller images"
             )
         return sequence
 
-    def _judgement(self, rubric: Rubric, generation: Generation) -> Judgement:
-        text = self.processor.decode(generation.tokens)
-        parsed = PARSERS[rubric.name](text)
+    def judgement(self, criterion: str, generation: Generation) -> Judgement:
+        """What the model wrote after a `prompt` for this criterion, read as a judgement."""
+        rubric, text = self.rubrics[criterion], self.processor.decode(generation.tokens)
+        parsed = PARSERS[criterion](text)
         if parsed.scores is None:
             status = "truncated" if generation.finish_reason == "length" else parsed.status
-            return Judgement(rubric.name, None, None, None, text, status, parsed.reason, rubric.sha256)
+            return Judgement(criterion, None, None, None, text, status, parsed.reason, rubric.sha256)
         probabilities = self._digit_probabilities(generation, [start for start, _ in parsed.spans])
-        expected = entropy = None
+        expected = entropy = lowest = None
         if probabilities is not None:
-            expected = float((probabilities @ np.arange(1, 6)).min())
+            means = probabilities @ np.arange(1, 6)
+            expected, lowest = float(means.min()), tuple(probabilities[means.argmin()].tolist())
             entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(-1).mean())
         score = parsed.scores if len(parsed.scores) > 1 else parsed.scores[0]
-        return Judgement(rubric.name, score, expected, entropy, text, "ok", parsed.reason, rubric.sha256)
+        return Judgement(criterion, score, expected, entropy, text, "ok", parsed.reason, rubric.sha256, lowest)
 
     def _digit_probabilities(self, generation: Generation, starts: list[int]) -> np.ndarray | None:
         """float64 [scores, 5] at the tokens that hold the characters `starts`.
@@ -203,7 +212,7 @@ def prompt_check(
     processor = Processor(folder)
     limit = Qwen3VLConfig.from_hf(models.read_config(folder)).text.max_position_embeddings
     served = served_rubrics(folder, rubrics)
-    asked = [_rubric(served, criterion) for criterion in criteria]
+    asked = [rubric_of(served, criterion) for criterion in criteria]
 
     @functools.cache
     def frame(before: tuple[tuple[int, int], ...]) -> int:
@@ -241,7 +250,8 @@ def served_rubrics(folder: Path, rubrics=None) -> dict[str, Rubric]:
     return rubrics_from(rubrics)
 
 
-def _rubric(rubrics: Mapping[str, Rubric], criterion) -> Rubric:
+def rubric_of(rubrics: Mapping[str, Rubric], criterion) -> Rubric:
+    """The rubric of a criterion; ConfigError, with those that there are, where there is none."""
     if criterion not in rubrics:
         raise ConfigError(
             f"there is no rubric for the criterion {criterion!r}; this critic has {sorted(rubrics)}. "

@@ -255,16 +255,23 @@ def write_judgements(
             "epoch": epoch,
             "image": index,
             **asked(prompts[index]),
-            "criterion": criterion,
-            "score": judgement.score,
-            "expected": judgement.expected,
-            "entropy": judgement.entropy,
-            "status": judgement.status,
-            "reason": judgement.reason,
-            "text": judgement.text,
-            "rubric": judgement.rubric,
-            "reward": float(rewards[index]) if np.isfinite(rewards[index]) else None,
+            **recorded(criterion, judgement, rewards[index]),
         }
         for criterion, judgements in judged.items()
         for index, judgement in enumerate(judgements)
     )
+
+
+def recorded(criterion: str, judgement: Judgement, reward: float) -> dict:
+    """The judgement of one image by a criterion of the reward as a record of JSON, with the image's reward."""
+    return {
+        "criterion": criterion,
+        "score": judgement.score,
+        "expected": judgement.expected,
+        "entropy": judgement.entropy,
+        "status": judgement.status,
+        "reason": judgement.reason,
+        "text": judgement.text,
+        "rubric": judgement.rubric,
+        "reward": float(reward) if np.isfinite(reward) else None,
+    }

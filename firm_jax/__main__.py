@@ -1,0 +1,6 @@
+import sys
+
+from firm_jax.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())
