@@ -49,12 +49,15 @@ def attention(
     defaults to H ** -0.5. Returns [B, S, N, H].
 
     A query that sees no key at all returns zeros under every implementation. `bias`, `positions` and float32
-    inputs are served by `xla` whatever is asked for: no kernel takes them.
+    inputs are served by `xla` whatever is asked for: no kernel takes them; cuDNN neither a head width H that is no
+    multiple of 8.
     """
     implementation = implementation or default_implementation(q)
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"unknown attention implementation {implementation!r}; choose from {IMPLEMENTATIONS}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "cudnn" and q.shape[-1] % 8:
+        implementation = "xla"
     if implementation == "xla" or bias is not None or positions is not None or q.dtype == jnp.float32:
         positions = _places(q, offset) if positions is None else positions
         return _xla(q, k, v, segments, causal, positions, bias, scale)
