@@ -6,8 +6,8 @@ between two parts of a phase, as it was at the start of its epoch, other jobs at
 once before they have begun; 76 another process of the run is gone, start all again to continue. A second signal ends
 the process at once (143 or 130) and loses what was done since the last checkpoint.
 
-`python main.py --config configs/gen_qma.py --plan v5e:4x4` compiles the job for that TPU topology, on any machine and
-without weights or a workdir, and prints what it needs of each chip and whether it fits.
+`python main.py --config configs/gen_qma.py --plan v5e:4x4` compiles the job for that TPU slice, `--plan h100:8` for
+those GPUs, on any machine and without weights or a workdir, and prints what it needs of each and whether it fits.
 """
 
 import importlib
@@ -25,6 +25,7 @@ from firm_jax import storage
 from firm_jax.config import parse_flags
 from firm_jax.devices import say_nothing_of_absent_devices, use_compilation_cache
 from firm_jax.errors import ConfigError, FirmError
+from firm_jax.gpus import claim_memory
 from firm_jax.plan import plan
 from firm_jax.processes import LOST_EXIT_CODE, SERVICE_SECONDS
 from firm_jax.run import STOPPED_EXIT_CODE, Stopped
@@ -45,7 +46,9 @@ LOST_CONNECTION = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, path/to/file.py[:variant].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: everything that the run leaves goes there.")
-_PLAN = flags.DEFINE_string("plan", None, "A TPU topology, such as v5e:4x4, to compile for instead of running.")
+_PLAN = flags.DEFINE_string(
+    "plan", None, "A TPU slice or GPUs, such as v5e:4x4 or h100:8, to compile for instead of running."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -67,6 +70,7 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None:
         raise ConfigError("the flag --workdir is missing: the folder for everything that the run leaves")
     use_compilation_cache()
+    claim_memory()
     split_cpu(config)
     join_processes(config)
     named(JOBS[config.job])(config, _WORKDIR.value)

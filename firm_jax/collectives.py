@@ -17,6 +17,9 @@ RECEIVED = {
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?[\]})]) ([a-z][a-z\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[\w]*\[([\d,]*)\]")
+_LAYOUT = re.compile(r"\{[^}]*\}")
+_OPERANDS = re.compile(r"\((\([^)]*\)|[^\]]*\]), ")  # the first element of a tuple, without layouts
+_FIRST = re.compile(r"\([^)]*\)|[^\]]*\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[^,\s]+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
@@ -115,7 +118,8 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 def _received(computation: str, result: str, opcode: str, rest: str, devices: int) -> tuple[str, float]:
     """Kind and bytes of one collective."""
     kind, n = opcode.removesuffix("-start"), _group_size(rest, devices)
-    size = _result_size(result, started=opcode.endswith("-start"))
+    # What an asynchronous start gives is its operands and then its results, but for all-reduce: results alone.
+    size = _size(_results(result) if opcode.endswith("-start") and kind != "all-reduce" else result)
     if computation.startswith("all-reduce-scatter"):  # a fusion with the slice that each device keeps
         kind, size = "reduce-scatter", size / n
     return kind, size * RECEIVED[kind](n)
@@ -136,13 +140,20 @@ def _note_counting(here: _Computation, root: bool, own: str, opcode: str, rest: 
         here.counter, here.limit = here.elements.get(operands[0]), here.constants.get(operands[-1])
 
 
-def _result_size(result: str, *, started: bool) -> int:
-    """Bytes of an instruction's result. An asynchronous start gives its operand too, beside a result as large."""
-    sizes = []
+def _results(started: str) -> str:
+    """The results in the type of an asynchronous start: (operand, result, ...) or ((operands), (results), ...)."""
+    shapes = _LAYOUT.sub("", started)
+    behind = shapes[_OPERANDS.match(shapes).end() :]
+    return _FIRST.match(behind)[0]
+
+
+def _size(result: str) -> int:
+    """Bytes of an array, or of all in a tuple."""
+    total = 0
     for kind, bits, dimensions in _ARRAY.findall(result):
         each = 1 if kind == "pred" else int(bits) / 8 if bits else 0
-        sizes.append(int(each * math.prod(int(size) for size in dimensions.split(",") if size)))
-    return max(sizes) if started else sum(sizes)
+        total += int(each * math.prod(int(size) for size in dimensions.split(",") if size))
+    return total
 
 
 def _group_size(attributes: str, devices: int) -> int:

@@ -1,4 +1,4 @@
-"""Will a job fit? Its programs, compiled ahead of time for TPUs that are not there, and what they need of each chip."""
+"""Will a job fit? Its programs, compiled ahead of time for TPUs or GPUs that are not there, and what each must hold."""
 
 import math
 import re
@@ -72,7 +72,7 @@ def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say
     """Compile a config's job for a topology and print what it needs; returns whether it fits.
 
     programs_of: the job's programs from its config and a mesh. Nothing is read but the models' configs, and nothing is
-    written. Raises ConfigError for a topology, a mesh or a config that is none, and without libtpu.
+    written. Raises ConfigError for a topology, a mesh or a config that is none, and without the compiler for it.
     """
     topology = parse(name)
     mesh = make_mesh(**config.mesh, devices=devices(topology))
@@ -138,38 +138,39 @@ def judge(topology: Topology, mesh: Mesh, resident: int, needs: Sequence[Needs])
     most = max(needs, key=lambda need: need.beside(resident))
     hbm, used = topology.generation.hbm, most.beside(resident)
     fits = used <= hbm and not any(need.refused for need in needs)
-    sizes = f"{_gib(used)} of {_gib(hbm)} GiB a chip"
+    sizes = f"{_gib(used)} of {_gib(hbm)} GiB a {topology.generation.unit}"
     if fits:
         return True, f"{topology.name} fits: {sizes} at most ({most.program.name}), a margin of {_gib(hbm - used)} GiB"
     line = f"{topology.name} does not fit: {sizes} ({most.program.name}), a margin of {_gib(hbm - used)} GiB"
-    return False, f"{line}\n{_remedy(mesh, resident, most, hbm)}"
+    return False, f"{line}\n{_remedy(topology, mesh, resident, most)}"
 
 
-def _remedy(mesh: Mesh, resident: int, most: Needs, hbm: int) -> str:
+def _remedy(topology: Topology, mesh: Mesh, resident: int, most: Needs) -> str:
+    unit = topology.generation.unit
     if mesh.shape["data"] > 1:
         fsdp = mesh.shape["data"] * mesh.shape["fsdp"]
         return (
             f"Every device holds 1/{mesh.shape['fsdp'] * mesh.shape['tensor']} of the large weights. To split them "
             f"further: --config.mesh.data=1 --config.mesh.fsdp={fsdp}"
         )
-    if resident < hbm and most.program.limit:
-        return f"The weights fit, this program does not: lower {most.program.limit}, or take a larger slice."
-    return "The weights are split over all devices already: take a larger slice, or chips with more memory."
+    if resident < topology.generation.hbm and most.program.limit:
+        return f"The weights fit, this program does not: lower {most.program.limit}, or take more {unit}s."
+    return f"The weights are split over all devices already: take more {unit}s, or {unit}s with more memory."
 
 
 def report(topology: Topology, mesh: Mesh, resident: Mapping[str, int], needs: Sequence[Needs]) -> list[str]:
     """The lines of the table."""
-    total = sum(resident.values())
+    total, unit = sum(resident.values()), topology.generation.unit
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
-        f"{topology.name}: {topology.size} chips with {_gib(topology.generation.hbm)} GiB that programs may use, "
-        f"mesh {sizes}",
+        f"{topology.name}: {topology.size} {unit}{'s' * (topology.size > 1)} with {_gib(topology.generation.hbm)} GiB "
+        f"that programs may use, mesh {sizes}",
         "",
-        "kept on each chip for the whole run, GiB",
+        f"kept on each {unit} for the whole run, GiB",
         *(f"  {what:<28}{_gib(size):>8}" for what, size in resident.items()),
         f"  {'in all':<28}{_gib(total):>8}",
         "",
-        f"{'':<24}{'GiB a chip':^50}{'one run':^22}{'runs an':>8}{'seconds to':>11}",
+        f"{'':<24}{f'GiB a {unit}':^50}{'one run':^22}{'runs an':>8}{'seconds to':>11}",
         f"{'program':<24}{'arguments':>10}{'temporary':>10}{'output':>10}{'peak':>10}{'in use':>10}"
         f"{'TFLOP':>10}{'GiB moved':>12}{'epoch':>8}{'compile':>11}",
     ]

@@ -1,4 +1,4 @@
-"""TPU topologies by name, like `v5e:4x4`: their devices to compile for, without the hardware, and their memory."""
+"""TPU slices and GPUs by name, `v5e:4x4` or `h100:8`: devices to compile for that are not there, and their memory."""
 
 import math
 import os
@@ -9,8 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from firm_jax.errors import ConfigError
-
-GIB = 2**30
+from firm_jax.gpus import COUNTS, GIB, GPU, GPUS
 
 # To compile, libtpu needs nothing of this machine: it is kept from looking for a metadata server and a list of hosts,
 # and from taking the lock by which it keeps two programs from the chips.
@@ -34,6 +33,7 @@ class Generation:
     largest: int
     hbm: int
     host: tuple[int, int, int] = (2, 2, 1)
+    unit: str = "chip"
 
 
 GENERATIONS = {
@@ -41,15 +41,15 @@ GENERATIONS = {
     "v5p": Generation(axes=3, largest=28, hbm=int(95.74 * GIB)),
     "v6e": Generation(axes=2, largest=16, hbm=int(31.25 * GIB)),
 }
-EXAMPLES = "v5e:4x4, v5p:2x2x4 or v6e:8x8"
+EXAMPLES = "v5e:4x4, v5p:2x2x4, h100:1 or h200:8"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of TPUs: `name` as given, its generation, and its extent along each axis."""
+    """A slice of TPUs or the GPUs of a node: `name` as given, what they are, and their extent along each axis."""
 
     name: str
-    generation: Generation
+    generation: Generation | GPU
     shape: tuple[int, ...]
 
     @property
@@ -60,11 +60,18 @@ class Topology:
 def parse(name: str) -> Topology:
     """The topology that a name like `v5e:4x4` means; ConfigError, listing what is known, for any other name."""
     match = re.fullmatch(r"([^:]+):(\d+(?:x\d+)*)", name)
-    if not match or match[1] not in GENERATIONS:
+    if not match or match[1] not in GENERATIONS | GPUS:
         raise ConfigError(
-            f"--plan {name}: not a topology. It is a generation and a shape, such as {EXAMPLES}; the generations are "
-            f"{', '.join(GENERATIONS)}"
+            f"--plan {name}: not a topology. It is a generation of TPUs and a shape, or a GPU and a number, such as "
+            f"{EXAMPLES}; known are {', '.join(GENERATIONS | GPUS)}"
         )
+    if match[1] in GPUS:
+        if match[2] not in map(str, COUNTS):
+            raise ConfigError(
+                f"--plan {name}: no such node. After {match[1]}: comes the number of GPUs, one of "
+                f"{', '.join(map(str, COUNTS))}"
+            )
+        return Topology(name, GPUS[match[1]], (int(match[2]),))
     generation, shape = GENERATIONS[match[1]], tuple(map(int, match[2].split("x")))
     if len(shape) != generation.axes:
         raise ConfigError(
@@ -83,8 +90,28 @@ def parse(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """The slice's devices, to compile for. ConfigError when libtpu is missing, held by another process where the
-    environment forbids to share it, or knows no such topology."""
+    """The topology's devices, to compile for. ConfigError when the compiler is missing or knows no such topology, and
+    when another process holds libtpu where the environment forbids to share it."""
+    return _gpus(topology) if isinstance(topology.generation, GPU) else _tpus(topology)
+
+
+def _gpus(topology: Topology) -> list[jax.Device]:
+    shape = f"1x1x{topology.size}"  # slices, hosts of each, GPUs of each
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=topology.generation.target(), topology=shape
+        )
+    except (RuntimeError, ValueError) as error:
+        if "not implemented for cuda" in str(error):
+            raise ConfigError(
+                "--plan needs JAX's CUDA compiler, which is not installed: pip install -e '.[cuda]' (it compiles "
+                "without a GPU and without a driver)"
+            ) from None
+        raise ConfigError(f"--plan {topology.name}: JAX's CUDA compiler refuses this topology: {error}") from error
+    return list(described.devices)
+
+
+def _tpus(topology: Topology) -> list[jax.Device]:
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     try:

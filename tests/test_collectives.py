@@ -1,4 +1,4 @@
-"""What is read from compiled programs: on simulated devices against counts by hand, and the TPU compiler's forms."""
+"""What is read from compiled programs: on simulated devices against counts by hand, and forms of TPUs and GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -122,4 +122,41 @@ def test_forms_that_only_the_tpu_compiler_writes():
         "collective-permute": 4 * 8 * 4 * 2,  # a loop to eight in steps of two
         "all-gather": pytest.approx(32 * 4 * 2 * 3 / 4),  # one collective, spread over two fusions
         "reduce-scatter": pytest.approx(4 * 4 * 15),
+    }
+
+
+GPU = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%body.1 (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %arg = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %a = bf16[4,8]{1,0} get-tuple-element(%arg), index=1
+  %one = ((bf16[4,8]{1,0}), bf16[32,8]{1,0}) all-gather-start(%a), channel_id=1, \
+replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={0}
+  %two = ((bf16[4,8]{1,0}, f32[2]{0}), (bf16[32,8]{1,0}, f32[16]{0})) all-gather-start(%a, %b), channel_id=2, \
+replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={0}
+  %scatter = ((bf16[32,8]{0,1}, bf16[16,8]{0,1}), (bf16[4,8]{0,1}, bf16[2,8]{0,1})) \
+reduce-scatter-start(%c, %d), channel_id=3, replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}, to_apply=%add
+  ROOT %result = (s32[], bf16[4,8]{1,0}) tuple(%next, %a)
+}
+
+%more.1 (arg.1: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %less = pred[] compare(%count, %three), direction=LT
+}
+
+ENTRY %main (p: bf16[4,8]) -> f32[6] {
+  %loop = (s32[], bf16[4,8]{1,0}) while(%start), condition=%more.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step":"1"}}
+  %sums = (f32[6]{0}, f32[10]{0}) all-reduce-start(%e, %f), channel_id=4, replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %sum = f32[6]{0} get-tuple-element(%done), index=0
+}
+"""
+
+
+def test_forms_that_only_the_gpu_compiler_writes():
+    """Several arrays in one collective, and a start that names its operands beside its results."""
+    assert collective_bytes(GPU) == {
+        "all-gather": pytest.approx(3 * (2 * 32 * 8 * 2 + 16 * 4) * 7 / 8),
+        "reduce-scatter": pytest.approx(3 * (4 + 2) * 8 * 2 * 7),
+        "all-reduce": pytest.approx((6 + 10) * 4 * 2 * 1 / 2),
     }

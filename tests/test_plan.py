@@ -32,7 +32,15 @@ CONFIG = Path(__file__).parents[1] / "configs" / "gen_qma.py"
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("v5e:4x4", (4, 4)), ("v5e:1x1", (1, 1)), ("v5p:2x2x4", (2, 2, 4)), ("v6e:16x16", (16, 16))]
+    ("name", "shape"),
+    [
+        ("v5e:4x4", (4, 4)),
+        ("v5e:1x1", (1, 1)),
+        ("v5p:2x2x4", (2, 2, 4)),
+        ("v6e:16x16", (16, 16)),
+        ("h100:1", (1,)),
+        ("h200:8", (8,)),
+    ],
 )
 def test_a_topology_is_a_generation_and_a_shape(name, shape):
     found = topology.parse(name)
@@ -51,6 +59,10 @@ def test_a_topology_is_a_generation_and_a_shape(name, shape):
         ("v5e:3x4", "no such slice.*whole hosts of 2x2 chips"),
         ("v5p:2x2x0", "no such slice"),
         ("v6e:32x2", "at most 16 chips along an axis"),
+        ("b100:8", "not a topology.*h100:1 or h200:8; known are v5e, v5p, v6e, h100, h200"),
+        ("h100", "not a topology"),
+        ("h100:3", "no such node. After h100: comes the number of GPUs, one of 1, 2, 4, 8"),
+        ("h200:2x4", "no such node"),
     ],
 )
 def test_other_names_are_refused_with_those_that_there_are(name, said):
@@ -108,7 +120,7 @@ def test_what_runs_beside_the_weights_decides_whether_it_fits():
     [
         ({"data": 4, "fsdp": 2}, 20, "--config.mesh.data=1 --config.mesh.fsdp=8"),
         ({"data": 1, "fsdp": 8}, 3, "lower critic.batch_size"),
-        ({"data": 1, "fsdp": 8}, 20, "a larger slice"),
+        ({"data": 1, "fsdp": 8}, 20, "take more chips"),
     ],
 )
 def test_what_does_not_fit_comes_with_a_remedy(mesh, resident, remedy):
@@ -155,6 +167,7 @@ def test_the_table_has_a_line_a_program_and_the_sums_of_an_epoch():
     lines = report(topology.parse("v5e:2x4"), mesh_of(data=2, fsdp=4), {"weights": 4 * GIB}, needs)
     cells = {line.split()[0]: line.split() for line in lines if line}
     assert lines[0] == "v5e:2x4: 8 chips with 15.75 GiB that programs may use, mesh data=2 fsdp=4 tensor=1"
+    assert lines[2] == "kept on each chip for the whole run, GiB" and "GiB a chip" in lines[6]
     assert cells["weights"] == ["weights", "4.00"]
     assert cells["first"] == ["first", "2.00", "1.00", "0.00", "3.00", "5.50", "3.00", "2.50", "2", "2"]
     assert cells["most,"][-5:] == ["3.00", "5.50", "6", "5.00", "7"]
