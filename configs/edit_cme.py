@@ -39,6 +39,7 @@ def paper() -> ConfigDict:
         "max_bad_fraction": 0.001,
     }
     config.group = {"prompts_per_epoch": 16, "images_per_prompt": 16}
+    # init: "gaussian", or the folder or file of a LoRA of the same rank, alpha and targets to go on from.
     config.lora = {"rank": 32, "alpha": 64.0, "targets": ATTENTION, "init": "gaussian"}
     # Sources keep their proportions, and no image token takes the place of one of the instruction: ours.
     sources = {"source_area": 512 * 512, "condition_area": 384 * 384, "crop_sources": False}

@@ -34,6 +34,7 @@ def paper() -> ConfigDict:
         "max_bad_fraction": 0.001,
     }
     config.group = {"prompts_per_epoch": 48, "images_per_prompt": 16}
+    # init: "gaussian", or the folder or file of a LoRA of the same rank, alpha and targets to go on from.
     config.lora = {"rank": 32, "alpha": 64.0, "targets": ATTENTION, "init": "gaussian"}
     config.rollout = {
         "steps": 10,

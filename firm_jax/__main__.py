@@ -1,3 +1,5 @@
+"""`python -m firm_jax COMMAND`, the same as `firm-jax COMMAND`."""
+
 import sys
 
 from firm_jax.commands import main

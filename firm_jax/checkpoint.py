@@ -61,9 +61,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"\d+", path.name))
+        return _steps(self.folder)
 
     def damaged(self) -> list[Path]:
         """Checkpoints that were set aside because they do not match their manifest."""
@@ -214,6 +212,55 @@ class Checkpointer:
         )
 
 
+def read_arrays(folder: Path, group: str, step: int | None = None) -> Checkpoint:
+    """A part of a run's state, on the first device: the arrays whose names begin with `group/`, as nested dicts.
+
+    Only reads, so that the run may be under way. step: which checkpoint; None takes the newest that is whole.
+
+    Raises:
+        CheckpointError: There is none, or not of that step, or it is damaged, or its state has no such group.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    steps = _steps(folder)
+    if not steps:
+        raise CheckpointError(f"there is no checkpoint in {folder}: the run has not saved one yet (checkpoint.every)")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"there is no checkpoint {step} in {folder}; there are {', '.join(map(str, steps))}")
+    for candidate in reversed(steps) if step is None else (step,):
+        path = folder / str(candidate)
+        if (problem := find_damage(path)) is None:
+            break
+        logging.warning("passing over checkpoint %d: %s", candidate, problem)
+    else:
+        raise CheckpointError(f"no checkpoint asked for in {folder} is whole; the last problem: {problem}")
+    meta = json.loads((path / "meta.json").read_text())
+    wanted = {name: text for name, text in meta["arrays"].items() if name.startswith(f"{group}/")}
+    if not wanted:
+        groups = sorted({name.split("/")[0] for name in meta["arrays"]})
+        raise CheckpointError(f"{path} holds no {group!r}, but {', '.join(groups)}")
+    abstract = {name: _abstract(_from_signature(text)) for name, text in wanted.items()}
+    part = ocp.Context()
+    part.pytree.loading.partial_load = True
+    with part:
+        arrays = ocp.load(path / "state", abstract)
+    tree: dict = {}
+    for name, array in arrays.items():
+        *parents, last = name.split("/")[1:]
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = array
+    return Checkpoint(candidate, tree, json.loads((path / "data.json").read_text()), meta)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch(r"\d+", path.name))
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder by its manifest, in words; None if every byte is as it was written."""
     try:
@@ -264,6 +311,11 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _signature(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _from_signature(text: str) -> jax.ShapeDtypeStruct:
+    dtype, shape = text.removesuffix("]").split("[")
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(",")))), dtype)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -85,6 +85,11 @@ def replicate(tree, mesh: Mesh | None):
     return _place(tree, NamedSharding(mesh, P()))
 
 
+def place_as(tree, placement):
+    """Put host arrays, on every process the same, where a tree of shardings of the same form says."""
+    return jax.tree.map(_place, tree, placement)
+
+
 def _place(tree, sharding: NamedSharding):
     """Host arrays, on every process the same, as arrays on the mesh.
 

@@ -14,10 +14,12 @@ from orbax.checkpoint import v1 as ocp
 from scripted import ScriptedCritic
 from tiny_pipeline import tiny_generator
 
+from firm_jax.commands import main
 from firm_jax.config import load_config
 from firm_jax.errors import ConfigError, CriticError, DataError, NonFiniteError, WeightsError
 from firm_jax.mesh import make_mesh
 from firm_jax.rl import job, train
+from firm_jax.rl.update import init_state
 from firm_jax.run import Stopped
 
 # Read back here without saying where the arrays should lie.
@@ -166,6 +168,39 @@ def test_the_policies_have_moved(finished):
     moved = {name.split("/")[0] for name, array in state.items() if name.endswith("/b") and np.any(array)}
     assert {"lora", "old", "ema"} <= moved and state["step"] == 6
     assert all(np.isfinite(array).all() for array in state.values())
+
+
+def test_a_run_goes_on_from_the_lora_of_another(world, finished, tmp_path, monkeypatch):
+    lora, began = tmp_path / "lora", []
+    assert main(["export", "--workdir", str(finished), "--format", "diffusers-lora", "--out", str(lora)]) == 0
+    monkeypatch.setattr(job, "init_state", lambda tree, *given: began.append(init_state(tree, *given)) or began[-1])
+    config = config_for(world, lora__init=str(lora), train__epochs=2, **MAIN)
+    run(config, tmp_path / "straight", main_critic())
+    trained = {name: array for name, array in last_state(finished).items() if name.startswith("ema/")}
+    for path, leaf in jax.tree.leaves_with_path({name: began[0][name] for name in ("lora", "old", "ema")}):
+        name = "/".join(["ema", *(key.key for key in path[1:])])
+        np.testing.assert_array_equal(leaf, trained[name], err_msg=name)
+    state = last_state(tmp_path / "straight")
+    assert any((array != trained[name]).any() for name, array in state.items() if name.startswith("ema/"))
+    # Stopped and continued, it ends on the same bits: the LoRA is where the run began, not where it goes on.
+    with config.unlocked():
+        config.train.epochs = 1
+        run(config, tmp_path / "stopped", main_critic())
+        config.train.epochs = 2
+        run(config, tmp_path / "stopped", main_critic())
+    continued = last_state(tmp_path / "stopped")
+    assert continued.keys() == state.keys()
+    for name, array in continued.items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+
+
+@pytest.mark.fault("wrong-config")
+def test_a_lora_that_does_not_fit_is_told_before_anything_is_loaded(world, finished, tmp_path, nothing_is_loaded):
+    assert main(["export", "--workdir", str(finished), "--format", "peft", "--out", str(tmp_path / "lora")]) == 0
+    config = config_for(world, lora__init=str(tmp_path / "lora"), lora__rank=3)
+    with pytest.raises(ConfigError, match=r"its rank is 2: set --config\.lora\.rank=2 \(it is 3\)"):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # Stopping and starting again

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from firm_jax.errors import FirmError
 
-COMMANDS = ("score",)
+COMMANDS = ("export", "score")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="firm-jax", description=words)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {}
-    for name in COMMANDS:
-        if given[:1] != [name] and given[:1] and given[0] in COMMANDS:
-            continue
+    # All of them only where the whole list is to be shown.
+    for name in given[:1] if given and given[0] in COMMANDS else COMMANDS:
         modules[name] = importlib.import_module(f"firm_jax.commands.{name}")
         words = modules[name].__doc__.strip()
         shown = {"description": words, "formatter_class": argparse.RawDescriptionHelpFormatter}

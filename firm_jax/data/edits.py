@@ -160,6 +160,15 @@ def parse_edit(
     return record, tuple(paths)
 
 
+def source_image(path: str | os.PathLike) -> SourceImage:
+    """An image file that somebody names, wherever it lies. DataError when it cannot be edited."""
+    path = Path(path).expanduser()
+    found = _look_at(str(path), _ImageFile(path.name, path.parent))
+    if isinstance(found, str):
+        raise DataError(found)
+    return found
+
+
 def _look_at(name: str, read: Callable[[], bytes]) -> SourceImage | str:
     """The image if it is one that can be edited, else the reason why not."""
     try:

@@ -1,6 +1,7 @@
 """Prompts to images with any supported diffusers pipeline folder."""
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from firm_jax.generation.schedules import SCHEDULER_DEFAULTS, sigmas_from_config
 from firm_jax.generation.solvers import integrate
 from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import resolve
-from firm_jax.mesh import batch_size, on_mesh, shard_batch, to_host
+from firm_jax.interop.lora_formats import read_adapter, tree_of
+from firm_jax.mesh import batch_size, on_mesh, place_as, shard_batch, to_host
 from firm_jax.models.layers import repeat_batch, reshape, take_rows
+from firm_jax.models.lora import lora_shardings, scaled
 
 # Pipeline class in model_index.json -> module of this package, class
 PIPELINES = {
@@ -55,6 +58,7 @@ class Generator:
         self.mesh, self.lora = mesh, lora
         self.config, self.vae_config = transformer.config, vae.config
         self.sharding_rules = transformer.sharding_rules
+        self.weight_rules = transformer.weight_rules(transformer.config)
         self.graphdef, self.params = nnx.split(transformer)
         self.vae_graphdef, self.vae_params = nnx.split(vae)
         self.scheduler = dict(scheduler)
@@ -68,19 +72,32 @@ class Generator:
         path_or_id,
         dtype="bfloat16",
         mesh: Mesh | None = None,
-        lora: dict | None = None,
+        lora: dict | str | os.PathLike | None = None,
         quantize: str | None = None,
     ):
         """A generator from a diffusers pipeline folder or Hugging Face id.
 
         dtype: of the transformer and the text encoders; the autoencoder is kept in float32. lora: a tree of adapters
-        with its strength folded in. quantize: "int8" to hold the kernels of the transformer's blocks so, with a
-        float32 scale for each output channel (models/quantize.py). Raises ConfigError for a folder that is not a
-        supported pipeline, WeightsError for weights that are missing or do not fit.
+        with its strength folded in, or the folder or file of a LoRA that diffusers, PEFT or `firm-jax export` wrote,
+        which is applied at the strength it was trained with. quantize: "int8" to hold the kernels of the
+        transformer's blocks so, with a float32 scale for each output channel (models/quantize.py). Raises ConfigError
+        for a folder that is not a supported pipeline, WeightsError for weights that are missing or do not fit.
         """
         folder = resolve(path_or_id)
         index = read_model_index(folder)
-        return pipeline_class(index).from_folder(folder, index, dtype, mesh, lora, quantize)
+        if lora is None or isinstance(lora, dict):
+            return pipeline_class(index).from_folder(folder, index, dtype, mesh, lora, quantize)
+        adapter = read_adapter(lora)  # before the weights: a wrong path is told at once
+        generator = pipeline_class(index).from_folder(folder, index, dtype, mesh, None, quantize)
+        generator.lora = generator.place_lora(tree_of(adapter, generator.params, generator.weight_rules, str(lora)))
+        generator.lora = scaled(generator.lora, adapter.alpha / adapter.rank)
+        return generator
+
+    def place_lora(self, tree):
+        """A LoRA's host arrays on the mesh, each split as the kernel that it adapts."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return place_as(tree, lora_shardings(tree, self.sharding_rules, self.mesh))
 
     def sample(
         self,
@@ -124,6 +141,43 @@ class Generator:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ConfigError("sample needs at least one prompt")
+        latents = self._latents(
+            prompts, images, steps=steps, guidance=guidance, solver=solver, seed=seed, noise=noise, height=height,
+            width=width, max_text_tokens=max_text_tokens, source_area=source_area, condition_area=condition_area,
+            crop_sources=crop_sources,
+        )  # fmt: skip
+        with on_mesh(self.mesh):
+            return self.decode_on_host(to_host(latents))[: len(prompts)]
+
+    def sample_each(
+        self, prompts: Sequence[str], images=None, *, first: int = 0, sizes=None, **settings
+    ) -> Float[np.ndarray, "B H W 3"]:
+        """As `sample`, but that every device draws one image at a time.
+
+        All images come from programs of one shape, so that the bits of an image do not depend on how many are asked
+        for: a larger batch is another program, which adds up in another order.
+
+        Args:
+            prompts, images: as for `sample`, with a list of source images for each prompt.
+            first: the number of the first image; image i depends on (seed, first + i) alone.
+            sizes: for editing, the sizes (height, width) of the source images of all prompts to come, so that they
+                need no program of their own either; by default those of these images.
+            settings: those of `sample`, all that have no default None, but for `noise`.
+        """
+        devices, images_of = batch_size(self.mesh), (lambda rows: None) if images is None else images.__getitem__
+        begun = []
+        for start in range(0, len(prompts), devices):
+            rows = slice(start, start + devices)
+            latents = self._latents(prompts[rows], images_of(rows), first=first + start, sizes=sizes, **settings)
+            with on_mesh(self.mesh):
+                begun.append(self.decode_jitted(self.vae_params, latents))
+        return np.concatenate([to_host(image) for image in begun])[: len(prompts)]
+
+    def _latents(
+        self, prompts, images, *, steps, guidance, solver, seed, height, width, noise=None, first=0, sizes=None,
+        max_text_tokens=None, source_area=None, condition_area=None, crop_sources=False,
+    ):  # fmt: skip
+        """The final latents of `sample`, on the devices, filled up for them with copies of the last; not waited for."""
         given = {"images": images, "source_area": source_area, "condition_area": condition_area}
         for name, value in given.items():
             if value is not None and not self.edits:
@@ -142,12 +196,11 @@ class Generator:
             noise = shard_batch(_channels_last(noise, B, shape)[rows], self.mesh)
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         with on_mesh(self.mesh):
-            conditioning, negative = self.condition(prompts, settings, images)
-            latents = self._draw(
-                self.params, self.lora, conditioning, negative, shard_batch(rows, self.mesh), noise, key,
-                np.asarray(sigmas), np.float32(guidance), shape=shape, solver=solver,
+            conditioning, negative = self.condition(prompts, settings, images, sizes)
+            return self._draw(
+                self.params, self.lora, conditioning, negative, *shard_batch((rows, rows + first), self.mesh), noise,
+                key, np.asarray(sigmas), np.float32(guidance), shape=shape, solver=solver,
             )  # fmt: skip
-            return self.decode_on_host(to_host(latents))[:B]
 
     def condition(self, prompts: Sequence[str], settings, images=None, sizes=None):
         """P prompts as the transformer takes them, and what guidance leads away from.
@@ -224,12 +277,15 @@ class Generator:
         """Classifier-free guidance: away from the velocity [B, h, w, C] of the empty prompt."""
         return negative + guidance * (positive - negative)
 
-    def _draw_rows(self, params, lora, conditioning, negative, rows, noise, key, sigmas, guidance, *, shape, solver):
-        """The final latents of samples `rows`, from the noise given or, without, from the key's."""
+    def _draw_rows(
+        self, params, lora, conditioning, negative, rows, numbers, noise, key, sigmas, guidance, *, shape, solver
+    ):
+        """The final latents of the prompts `rows`, from the noise given or, without, from that of the key and the
+        samples' numbers."""
         noise_key, solver_key = jax.random.split(jax.random.wrap_key_data(key))
         if noise is None:
-            noise = initial_noise(noise_key, rows, shape)
-        keys = jax.vmap(lambda row: jax.random.fold_in(solver_key, row))(rows)
+            noise = initial_noise(noise_key, numbers, shape)
+        keys = jax.vmap(lambda number: jax.random.fold_in(solver_key, number))(numbers)
         conditioning, negative = self.take(conditioning, negative, rows)
         return self.rollout(
             params, lora, noise, sigmas, conditioning, guidance=guidance, negative=negative, solver=solver, key=keys
@@ -324,7 +380,7 @@ def pipeline_class(index: Mapping) -> type[Generator]:
 def check_size(folder: Path, height: int, width: int) -> None:
     """ConfigError for images that the pipeline in a folder cannot draw; told before any weights are read."""
     read_model_index(folder)
-    config, vae_config = (models.read_network_config(folder / part) for part in ("transformer", "vae"))
+    config, vae_config = (models.read_network(folder / part)[1] for part in ("transformer", "vae"))
     latent_shape(config, vae_config, height, width)
 
 

@@ -43,11 +43,12 @@ class Stored(NamedTuple):
 class WeightFiles:
     """The tensors of one folder, single-file or sharded by an index: `tensors`, by name.
 
-    Raises WeightsError for files that are missing, damaged, cut short, or that contradict their index.
+    stems: what the file may be called before `.safetensors`. Raises WeightsError for files that are missing, damaged,
+    cut short, or that contradict their index.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, stems: tuple[str, ...] = STEMS):
+        self.folder, self.stems = Path(folder), stems
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
         try:
@@ -58,7 +59,7 @@ class WeightFiles:
             ) from error
 
     def _locate(self) -> dict[str, Stored]:
-        candidates = [f"{stem}.safetensors{suffix}" for stem in STEMS for suffix in (".index.json", "")]
+        candidates = [f"{stem}.safetensors{suffix}" for stem in self.stems for suffix in (".index.json", "")]
         there = os.listdir(self.folder)
         found = [file for file in candidates if file in there]
         if not found:
@@ -100,6 +101,11 @@ class WeightFiles:
         step = max(1, size // self.tensors[name].row_bytes)
         for start in range(first, last, step):
             yield start, min(start + step, last)
+
+    def whole(self, name: str) -> np.ndarray:
+        """One tensor, in its dtype and the PyTorch layout."""
+        shape = self.tensors[name].shape
+        return self.read(name, 0, shape[0]) if shape else self.read(name, 0, 1)[0]
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same numbers."""

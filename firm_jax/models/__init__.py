@@ -91,9 +91,9 @@ def read_config(folder: Path) -> dict:
         raise WeightsError(f"{folder} is not a model folder: it has no config.json") from None
 
 
-def read_network_config(folder: Path):
-    """The config of the network in a folder, as its class has it; the errors are those of `from_pretrained`."""
-    return _of_config(read_config(folder), Path(folder) / "config.json")[1]
+def read_network(folder: Path) -> tuple[type[nnx.Module], object]:
+    """Class and config of the network in a folder, without its weights; errors as those of `from_pretrained`."""
+    return _of_config(read_config(folder), Path(folder) / "config.json")
 
 
 def from_pretrained(folder, dtype="float32", mesh=None, quantize: str | None = None) -> nnx.Module:
@@ -109,7 +109,7 @@ def from_pretrained(folder, dtype="float32", mesh=None, quantize: str | None = N
     if (name := dtype if isinstance(dtype, str) else jnp.dtype(dtype).name) not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not one that weights are held in: {', '.join(DTYPES)}")
     folder = resolve(folder)
-    network, config = _of_config(read_config(folder), folder / "config.json")
+    network, config = read_network(folder)
     graphdef, params = nnx.split(_held(network, config, dtype, quantize))
     params = load_params(
         params,

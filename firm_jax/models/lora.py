@@ -58,11 +58,12 @@ def init_lora(key, abstract_params, config: LoraConfig):
     for index, (module, kernel) in enumerate(sorted(target_kernels(abstract_params, config.targets).items())):
         *layers, I, O = kernel.shape
         a = jax.random.normal(jax.random.fold_in(key, index), (*layers, I, config.rank)) / config.rank
-        _insert(tree, module, {"a": a, "b": jnp.zeros((*layers, config.rank, O))})
+        insert(tree, module, {"a": a, "b": jnp.zeros((*layers, config.rank, O))})
     return tree
 
 
-def _insert(tree: dict, module: str, leaf: dict) -> None:
+def insert(tree: dict, module: str, leaf) -> None:
+    """Put a leaf at a module path of a nested dict."""
     *parents, last = module.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -47,6 +47,7 @@ from firm_jax.rl.rollout import (
     shown_sources,
     write_judgements,
 )
+from firm_jax.rl.start import check_init, read_start
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, optimizer_batches
 from firm_jax.run import Run
 
@@ -86,6 +87,7 @@ def check_config(config) -> None:
         )
     old_policy_decay(0, train.decay_type)
     check_scheme(config.quantize)
+    check_init(config.lora.init)
     if group.images_per_prompt < 2:
         raise ConfigError(
             f"group.images_per_prompt is {group.images_per_prompt}: an advantage is a reward against the mean of its "
@@ -100,7 +102,6 @@ def check_config(config) -> None:
         ("eval.solver", config.eval.solver, SOLVERS),
         ("train.adv_mode", train.adv_mode, ADVANTAGE_MODES),
         ("train.remat", train.remat, REMAT_POLICIES),
-        ("lora.init", config.lora.init, ("gaussian",)),
         ("critic.score", config.critic.score, ("parsed", "expected")),
         ("critic.backend", config.critic.backend, ("local",)),
     ):
@@ -169,6 +170,7 @@ class Job:
         self.groups = PromptGroups(self.prompts.train, seed=config.seed, **config.group)
         self.keys = [jax.random.fold_in(jax.random.key(config.seed), purpose) for purpose in range(4)]
         self.lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+        self.start = read_start(config.lora.init, self.lora, self.folders["model"] / "transformer")
         self.skipped = 0
 
     def _read_prompts(self) -> PromptSplits:
@@ -208,9 +210,7 @@ class Job:
         if run.is_main:
             write_quarantine(run.workdir / "quarantine.jsonl", self.prompts.quarantined)
         self._load()
-        draw = partial(init_lora, abstract_params=self.generator.params, config=self.lora)
-        placed = lora_shardings(jax.eval_shape(draw, self.keys[LORA]), self.generator.sharding_rules, self.mesh)
-        lora = jax.jit(draw, out_shardings=placed)(self.keys[LORA])
+        lora = self._first_lora()
         optimizer = make_optimizer(settings)
         self._update = make_update(
             partial(self.generator.velocity, remat=settings.remat), optimizer, settings, self.lora.scale
@@ -228,6 +228,14 @@ class Job:
             return restored.state, restored.epoch
         run.log(0, 0, self._evaluate(self._policy(state["ema"]), step=0, epoch=0))
         return state, 0
+
+    def _first_lora(self):
+        """The LoRA that the run begins with, on the mesh: the one that `lora.init` names, or a random one."""
+        if self.start is not None:
+            return self.generator.place_lora(self.start)
+        draw = partial(init_lora, abstract_params=self.generator.params, config=self.lora)
+        placed = lora_shardings(jax.eval_shape(draw, self.keys[LORA]), self.generator.sharding_rules, self.mesh)
+        return jax.jit(draw, out_shardings=placed)(self.keys[LORA])
 
     def _load(self) -> None:
         config, mesh = self.config, self.mesh
