@@ -89,7 +89,8 @@ def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say
 
 def shard_bytes(tree) -> int:
     """Bytes that one device holds of a tree of shapes; other leaves are constants of their programs."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    shapes = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in shapes)
 
 
 def measure(program: Program, mesh: Mesh) -> Needs:

@@ -144,7 +144,7 @@ def test_what_does_not_fit_comes_with_a_remedy(mesh, resident, remedy):
 def test_a_program_that_the_compiler_refuses_is_reported_with_its_size(message, beside):
     mesh = mesh_of(data=1, fsdp=8)
     weights = jax.ShapeDtypeStruct((8, GIB // 4), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
-    refused = Program("greedy", jax.jit(lambda x: x), (weights,), (), flops=0, calls=1)
+    refused = Program("greedy", jax.jit(lambda x, length: x), (weights, 77), (), flops=0, calls=1)
     need = exhausted(refused, 0, f"RESOURCE_EXHAUSTED: {message}\nmore lines")
     assert need.beside(shard_bytes(weights)) == int(beside * GIB)
     assert need.refused == message
