@@ -161,6 +161,58 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "An error that names the key and the nearest ones, before anything is loaded.",
         ),
     },
+    "Serving a critic": {
+        "batch-company": Fault(
+            "Other questions are answered in the same batch, more or fewer of them, in another order",
+            "No bit of an answer changes: a question alone decides the shapes of the programs that it meets.",
+        ),
+        "service-image": Fault(
+            "One of a request's images is a decompression bomb, truncated, no image, animated or of absurd size",
+            "Its item is `invalid_input` with one of a fixed set of reasons; all others get the answers that they get "
+            "without it.",
+        ),
+        "service-caps": Fault(
+            "A request is too large: body, images, pixels, tokens, items; or it is no valid request at all",
+            "400, 413, 415 or 422, or `invalid_input` for the one item, before anything is asked of the device. No "
+            "reply repeats what was sent.",
+        ),
+        "service-overload": Fault(
+            "More is asked than can be answered",
+            "429 with `Retry-After`; the line and the memory of the images in it are bounded, and what was accepted is "
+            "answered.",
+        ),
+        "service-deadline": Fault(
+            "A deadline passes, or a client goes away",
+            "What waits is not asked any more. Items that were answered in time are told, and remembered for the next "
+            "try; 504 when there are none.",
+        ),
+        "service-device": Fault(
+            "The device refuses a batch",
+            "Its questions are asked one by one; one that fails alone is `internal`, the others are answered.",
+        ),
+        "service-canary": Fault(
+            "The critic cannot be loaded, writes no readable answer, or answers otherwise than at the start",
+            "The service never opens, with exit code 2 and the reason; later `/readyz` is 503 and says why.",
+        ),
+        "service-token": Fault(
+            "Somebody else finds the service",
+            "It listens on loopback; elsewhere only with a token, without which every path but `/healthz` and "
+            "`/readyz` is 401 before the body is read.",
+        ),
+        "service-network": Fault(
+            "Connections that send garbage, nothing, half of a request or one without end; requests made from the "
+            "schema to break it",
+            "Refused with 400, 408 or 429; others are answered meanwhile, and no request is answered with 500.",
+        ),
+        "service-drain": Fault(
+            "SIGTERM or Ctrl-C while requests are being answered",
+            "They are answered, new ones are 503, and the exit code is 0. A second signal ends the process at once.",
+        ),
+        "service-memory": Fault(
+            "It serves for long",
+            "Memory does not grow: 30 MB is what the test allows, over thousands of requests.",
+        ),
+    },
 }
 
 

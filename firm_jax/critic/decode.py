@@ -158,28 +158,38 @@ def _whole_rows(logits):
     return jax.sharding.reshard(logits, P(BATCH_AXES, None))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "rules", "steps"), donate_argnames="state")
-def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int):
+@partial(jax.jit, static_argnames=("graphdef", "rules", "steps", "likely"), donate_argnames="state")
+def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, likely: int = 0):
     """Write up to `steps` tokens a row, fewer when all rows end.
 
-    Returns the state, tokens [B, steps] (NOTHING after a row's end) and the digits' logits [B, steps, 5].
+    Returns the state, tokens [B, steps] (NOTHING after a row's end) and the digits' logits [B, steps, 5]; with
+    `likely` also the logarithm of each written token's probability [B, steps], and the ids and logarithms of the
+    `likely` most probable tokens at its place, [B, steps, likely] each.
     """
     model = nnx.merge(graphdef, params)
     B, V = state["logits"].shape
     allowed = ~np.isin(np.arange(V), rules.banned)
 
     def unfinished(carry):
-        step, state, _, _ = carry
+        step, state, *_ = carry
         return (step < steps) & ~state["ended"].all()
 
     def write(carry):
-        step, state, tokens, digits = carry
+        step, state, tokens, digits, *logs = carry
         logits = state["logits"]
         token = jnp.where(allowed, logits, -jnp.inf).argmax(-1).astype(jnp.int32)
         written = jnp.where(state["ended"], NOTHING, token)
         tokens = jax.lax.dynamic_update_slice(tokens, written[:, None], (0, step))
         of_digits = jnp.stack([logits[:, digit] for digit in rules.digits], axis=-1)
         digits = jax.lax.dynamic_update_slice(digits, of_digits[:, None], (0, step, 0))
+        if likely:
+            every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+            own = jnp.take_along_axis(every, token[:, None], axis=1)
+            best, ids = jax.lax.top_k(every, likely)
+            logs = [
+                jax.lax.dynamic_update_slice(log, new, (0, step, 0)[: log.ndim])
+                for log, new in zip(logs, (own, ids[:, None], best[:, None]), strict=True)
+            ]
         ended = state["ended"]
         for end in rules.ends:
             ended |= token == end
@@ -198,12 +208,19 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int):
             "ended": ended,
             "slot": state["slot"] + 1,
         }
-        return step + 1, state, tokens, digits
+        return step + 1, state, tokens, digits, *logs
 
     tokens = zeros_beside(state["logits"], (B, steps), jnp.int32, BATCH_AXES, None) + NOTHING
     digits = zeros_beside(state["logits"], (B, steps, len(rules.digits)), jnp.float32, BATCH_AXES, None, None)
-    _, state, tokens, digits = jax.lax.while_loop(unfinished, write, (jnp.int32(0), state, tokens, digits))
-    return state, tokens, digits
+    logs = []
+    if likely:
+        logs = [zeros_beside(state["logits"], (B, steps), jnp.float32, BATCH_AXES, None)]
+        logs += [
+            zeros_beside(state["logits"], (B, steps, likely), dtype, BATCH_AXES, None, None)
+            for dtype in (jnp.int32, jnp.float32)
+        ]
+    _, *written = jax.lax.while_loop(unfinished, write, (jnp.int32(0), state, tokens, digits, *logs))
+    return tuple(written)
 
 
 @jax.jit

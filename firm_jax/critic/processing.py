@@ -123,8 +123,9 @@ class Processor:
         """One user turn (images first, text last, no system prompt) and the opening of the assistant's turn.
 
         With `answer`, the assistant's turn follows and is what `targets` marks, its end token included; `scores` and
-        `verdicts` are the spans [start, end) of the answer's characters that hold them. `patched`: a cache digest ->
-        PatchedImage that this call uses and fills, so that a repeated image is resized once.
+        `verdicts` are the spans [start, end) of the answer's characters that hold them. An image may be
+        cut into patches already. `patched`: a cache digest -> PatchedImage that this call uses and fills, so that a
+        repeated image is resized once.
         """
         images = [self._patch(image, patched) for image in images]
         parts: list = [[self.turn_start, *self.encode("user\n" if images else "user\n" + text)]]
@@ -143,6 +144,22 @@ class Processor:
         whole = lay_out(parts, self.image_pad, self.images.merge_size)
         return replace(whole, targets=np.array([0] * (len(whole) - len(marks) - 1) + marks + [1], np.int8))
 
+    def conversation(self, turns: list[tuple[str, list[str | PatchedImage]]]) -> Sequence:
+        """Turns (role, texts and images in their order) and the opening of the assistant's turn."""
+        parts: list = []
+        for role, content in turns:
+            text = role + "\n"
+            parts.append([self.turn_start])
+            for part in content:
+                if isinstance(part, str):
+                    text += part
+                else:
+                    parts += [[*self.encode(text), self.vision_start], part, [self.vision_end]]
+                    text = ""
+            parts.append([*self.encode(text), self.turn_end, *self.encode("\n")])
+        parts.append([self.turn_start, *self.encode("assistant\n")])
+        return lay_out(parts, self.image_pad, self.images.merge_size)
+
     def length(self, sizes, text: str) -> int:
         """The tokens of `sequence` for images of these (height, width) and a text, without any pixels."""
         patch, merge = self.images.patch_size, self.images.merge_size
@@ -153,6 +170,8 @@ class Processor:
         return 3 + images + sum(len(self.encode(part)) for part in (*question, "\n", "assistant\n"))
 
     def _patch(self, image, patched: dict | None) -> PatchedImage:
+        if isinstance(image, PatchedImage):
+            return image
         if patched is None:
             return patch_image(image, self.images)
         pixels = to_pixels(image)
@@ -162,14 +181,18 @@ class Processor:
         return patched[digest]
 
 
-def image_table(sequences: list[Sequence | None], *, multiple: int = 1) -> tuple[dict, dict[str, int]]:
+def image_table(
+    sequences: list[Sequence | None], *, multiple: int = 1, least: tuple[int, int] = (0, 0)
+) -> tuple[dict, dict[str, int]]:
     """The distinct images of a batch, padded to one bucket, and the row of each by its digest; a None has none.
+
+    least: (images, patches an image) that the table has room for in any case.
 
     Returns ({"patches": float32 [M, P, C], "grids": int32 [M, 2]}, digest -> row). M is a power of two times
     `multiple`; empty rows have a grid of no patches. Without any image, M is 0.
     """
     shown = [image for sequence in sequences if sequence is not None for image in sequence.images]
-    return patch_table(shown, multiple=multiple)
+    return patch_table(shown, multiple=multiple, least=least)
 
 
 def collate(

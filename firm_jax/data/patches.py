@@ -174,8 +174,12 @@ def bucket(size: int, smallest: int = 1) -> int:
     return math.ceil(size / step) * step
 
 
-def patch_table(images: Sequence[PatchedImage], *, multiple: int = 1) -> tuple[dict, dict[str, int]]:
+def patch_table(
+    images: Sequence[PatchedImage], *, multiple: int = 1, least: tuple[int, int] = (0, 0)
+) -> tuple[dict, dict[str, int]]:
     """The distinct ones of `images`, padded to one bucket, and the row of each by its digest.
+
+    least: (images, patches an image) that the table has room for in any case.
 
     Returns ({"patches": float32 [M, P, C], "grids": int32 [M, 2]}, digest -> row). M is a power of two times
     `multiple`; empty rows have a grid of no patches. Without any image, M is 0.
@@ -183,7 +187,8 @@ def patch_table(images: Sequence[PatchedImage], *, multiple: int = 1) -> tuple[d
     distinct = {image.digest: image for image in images}
     if not distinct:
         return {"patches": np.zeros((0, 0, 0), np.float32), "grids": np.zeros((0, 2), np.int32)}, {}
-    count, length = padded(len(distinct), max(len(image.patches) for image in distinct.values()), multiple)
+    longest = max(len(image.patches) for image in distinct.values())
+    count, length = padded(max(len(distinct), least[0]), max(longest, least[1]), multiple)
     patches = np.zeros((count, length, next(iter(distinct.values())).patches.shape[1]), np.float32)
     grids = np.zeros((count, 2), np.int32)
     for row, image in enumerate(distinct.values()):
