@@ -149,7 +149,6 @@ def tiny() -> ConfigDict:
             "updates_per_epoch": 5,
             "micro_batch": 36,
             "timesteps": 3,
-            "learning_rate": 3e-3,
         }
     )
     config.eval.update(

@@ -118,9 +118,9 @@ def edit_generator() -> ConfigDict:
     """A Qwen-Image-Edit-Plus pipeline, trained at last on edits that are often wrong and careless."""
     config = _job("qwen_matching")
     config.pipeline = "QwenImageEditPlusPipeline"
-    config.train.update({"epochs": 18, "steps_per_epoch": 500, "batch_size": 32, "learning_rate": 2e-3})
+    config.train.update({"epochs": 16, "steps_per_epoch": 500, "batch_size": 32, "learning_rate": 2e-3})
     config.train.update({"tasks": 16_384, "caption_readout": 0.1, "picture_readout": 0.3})
-    config.train.update({"wrong_epochs": 6, "faults": {"untouched": 0.1, "wrong": 0.5, "careless": 0.3}})
+    config.train.update({"wrong_epochs": 8, "faults": {"untouched": 0.1, "wrong": 0.2, "careless": 0.5}})
     config.eval.update({"every": 2, "tasks": 240, "steps": 6})
     config.samples = 3072
     config.vae = "embedded:qwen_image_edit/vae"  # or the folder that the autoencoder job left

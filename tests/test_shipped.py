@@ -7,8 +7,10 @@ from firm_jax import Critic, Generator
 from firm_jax.critic.rubric import rubrics_from
 from firm_jax.critic.sft import score_errors
 from firm_jax.embedded import embedded_path
-from firm_jax.shapes import oracle
-from firm_jax.shapes.conversations import ShapesConversations
+from firm_jax.shapes import edit_oracle, edit_teach, oracle
+from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations
+from firm_jax.shapes.edits import edits
+from firm_jax.shapes.render import render
 from firm_jax.shapes.scene import prompts
 from firm_jax.shapes.teach import RUBRICS
 
@@ -48,6 +50,42 @@ def test_the_critic_judges_the_generators_pictures(critic, tmp_path):
     assert np.abs(np.array(judged) - scores).mean() < 0.65  # 0.4 on many more, with a standard error of 0.08 on these
 
 
+@pytest.fixture(scope="module")
+def edit_critic():
+    return Critic.from_pretrained("embedded:critic_edit", dtype="float32")
+
+
+def test_the_edit_critic_judges_edits_that_it_has_not_seen(edit_critic):
+    examples = list(ShapesEditConversations(160, rubrics_from(edit_teach.RUBRICS), seed=123, stream=1))
+    metrics = score_errors(edit_critic, examples, max_new_tokens=128)
+    assert metrics["eval/parse_failure_rate"] <= 0.02
+    for criterion, most in (("edit_execution", 0.6), ("edit_consistency", 0.95)):
+        assert metrics[f"eval/mae_{criterion}"] < most
+        assert metrics[f"eval/mae_constant_{criterion}"] > 1
+
+
+def test_the_edit_critic_judges_the_editors_pictures(edit_critic):
+    scenes, asked = zip(*edits("test", 32, seed=5), strict=True)
+    sources = [render(scene) for scene in scenes]
+    editor = Generator.from_pretrained("embedded:qwen_image_edit", dtype="float32")
+    size = {"height": 64, "width": 64, "source_area": 64 * 64, "condition_area": 64 * 64, "max_text_tokens": 32}
+    texts = [edit.text for edit in asked]
+    edited = editor.sample(texts, sources, steps=6, guidance=1.0, solver="dpm2", seed=3, **size)
+    found = [edit_oracle.compare(*given) for given in zip(sources, edited, asked, strict=True)]
+    assert 0.1 < np.mean([one.execution for one in found]) < 0.5 < np.mean([one.preservation for one in found])
+    pixels = [[np.round(image * 255).astype(np.uint8) for image in pair] for pair in zip(sources, edited, strict=True)]
+    for criterion, most in (("edit_execution", 0.5), ("edit_consistency", 0.9)):
+        scores = [edit_teach.score_of(criterion, one) for one in found]
+        requests = [
+            {"images": pair, "prompt": text, "criterion": criterion} for pair, text in zip(pixels, texts, strict=True)
+        ]
+        judged = [judgement.score for judgement in edit_critic.judge(requests, max_new_tokens=128)]
+        assert None not in judged
+        assert np.abs(np.array(judged) - scores).mean() < most
+
+
 def test_all_that_ships_is_small():
-    folder = embedded_path("embedded:sd3").parent
-    assert sum(file.stat().st_size for file in folder.rglob("*")) < 15e6
+    root = embedded_path("embedded:sd3").parent
+    sizes = {folder.name: sum(file.stat().st_size for file in folder.rglob("*")) for folder in root.iterdir()}
+    editing = sizes.pop("edits") + sizes.pop("qwen_image_edit") + sizes.pop("critic_edit")
+    assert sum(sizes.values()) < 15e6 and editing < 15e6

@@ -11,7 +11,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus  # noqa: E402
-from tiny_qwen_image import IMAGES, tiny_qwen_image  # noqa: E402
+from tiny_qwen_image import tiny_qwen_image  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 from firm_jax.generation import Generator  # noqa: E402
@@ -35,7 +35,7 @@ class Processor(transformers.Qwen2VLProcessor):
 
 def reference(name: str, folder):
     """diffusers' pipeline on a folder, whose text encoder is told where the images stand."""
-    text_encoder = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder")
+    text_encoder = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     forward, image_id = text_encoder.forward, text_encoder.config.image_token_id
 
@@ -52,7 +52,7 @@ def reference(name: str, folder):
         "tokenizer": tokenizer,
     }
     if name != "QwenImagePipeline":
-        parts["processor"] = Processor(Qwen2VLImageProcessorPil(**IMAGES), tokenizer)
+        parts["processor"] = Processor(Qwen2VLImageProcessorPil.from_pretrained(folder / "processor"), tokenizer)
     pipeline = getattr(diffusers, name)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
