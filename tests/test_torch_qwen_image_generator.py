@@ -35,7 +35,9 @@ class Processor(transformers.Qwen2VLProcessor):
 
 def reference(name: str, folder):
     """diffusers' pipeline on a folder, whose text encoder is told where the images stand."""
-    text_encoder = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    text_encoder = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder / "text_encoder", dtype=torch.float32
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     forward, image_id = text_encoder.forward, text_encoder.config.image_token_id
 
