@@ -210,7 +210,7 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         ),
         "service-memory": Fault(
             "It serves for long",
-            "Memory does not grow: 30 MB is what the test allows, over a thousand requests.",
+            "Memory does not grow: 30 MB is what the test allows, over 60 requests.",
         ),
     },
 }

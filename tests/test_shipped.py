@@ -59,7 +59,7 @@ def test_the_edit_critic_judges_edits_that_it_has_not_seen(edit_critic):
     examples = list(ShapesEditConversations(160, rubrics_from(edit_teach.RUBRICS), seed=123, stream=1))
     metrics = score_errors(edit_critic, examples, max_new_tokens=128)
     assert metrics["eval/parse_failure_rate"] <= 0.02
-    for criterion, most in (("edit_execution", 0.6), ("edit_consistency", 0.95)):
+    for criterion, most in (("edit_execution", 0.45), ("edit_consistency", 0.75)):
         assert metrics[f"eval/mae_{criterion}"] < most
         assert metrics[f"eval/mae_constant_{criterion}"] > 1
 
@@ -74,7 +74,7 @@ def test_the_edit_critic_judges_the_editors_pictures(edit_critic):
     found = [edit_oracle.compare(*given) for given in zip(sources, edited, asked, strict=True)]
     assert 0.1 < np.mean([one.execution for one in found]) < 0.5 < np.mean([one.preservation for one in found])
     pixels = [[np.round(image * 255).astype(np.uint8) for image in pair] for pair in zip(sources, edited, strict=True)]
-    for criterion, most in (("edit_execution", 0.5), ("edit_consistency", 0.9)):
+    for criterion, most in (("edit_execution", 0.5), ("edit_consistency", 0.7)):
         scores = [edit_teach.score_of(criterion, one) for one in found]
         requests = [
             {"images": pair, "prompt": text, "criterion": criterion} for pair, text in zip(pixels, texts, strict=True)
