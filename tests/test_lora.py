@@ -37,6 +37,13 @@ def test_a_target_is_the_end_of_a_module_path():
     assert adapted("attn.to_out.0") == ["blocks.attn.to_out.0"]
 
 
+def test_the_convolution_of_the_patches_is_no_linear_layer():
+    params = PARAMS | {"pos_embed": {"proj": kernel(4, 8)}, "ff": {"proj": kernel(8, 8)}}
+    assert sorted(target_kernels(params, ("proj",))) == ["ff.proj"]
+    with pytest.raises(ConfigError, match=r"\['pos_embed.proj'\].*lora.targets"):
+        target_kernels(params, ("ff.proj", "pos_embed.proj"))
+
+
 @pytest.mark.parametrize("targets, named", [(("attn.to_q", "attn.to_k"), r"\['attn.to_k'\]"), ((), "empty")])
 def test_a_target_without_a_layer_is_refused(targets, named):
     with pytest.raises(ConfigError, match=f"{named}.*lora.targets"):

@@ -37,7 +37,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 TARGETS = tuple(f"attn.{name}" for name in TARGETS) + tuple(
     f"{stream}.{name}" for stream in ("img_mlp", "txt_mlp") for name in ("net.0.proj", "net.2")
 )
-EVERY_BLOCK_LINEAR = (*TARGETS, "img_mod.1", "txt_mod.1", "img_in", "txt_in", "proj_out")
+EVERY_LINEAR = (*TARGETS, "img_mod.1", "txt_mod.1", "linear", "linear_1", "linear_2", "img_in", "txt_in", "proj_out")
 
 
 def build(fields: dict, folder):
@@ -215,7 +215,7 @@ def lora_pair(reference, folder, targets, rank: int = 3, alpha: float = 7.0):
 
 def test_lora_and_its_gradient_equal_peft(tmp_path):
     reference = build(VARIANTS["edit_2511"], tmp_path)
-    adapted, model, tree_of, config = lora_pair(reference, tmp_path, EVERY_BLOCK_LINEAR)
+    adapted, model, tree_of, config = lora_pair(reference, tmp_path, EVERY_LINEAR)
     tree = tree_of(lambda parameter: parameter.detach().numpy().T.copy())
     given = inputs(model.config)
     expected = torch_forward(adapted, *given)

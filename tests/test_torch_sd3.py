@@ -39,6 +39,7 @@ VARIANTS = {
 # What SD3.5's recipe adapts (all but the last block has to_add_out).
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TARGETS = tuple(f"attn.{name}" for name in TARGETS)
+EVERY_LINEAR = (*TARGETS, "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "context_embedder", "proj_out")
 
 
 def build(fields: dict, folder):
@@ -115,15 +116,15 @@ def test_the_position_table_is_that_of_the_checkpoints():
     assert relative_error(table[None], reference.pos_embed.pos_embed) < 1e-6
 
 
-def lora_pair(reference, folder, rank: int = 3, alpha: float = 7.0):
+def lora_pair(reference, folder, targets, rank: int = 3, alpha: float = 7.0):
     """The reference with a random PEFT adapter, our model, and our tree of the same adapter (scale folded in)."""
-    adapted = peft.get_peft_model(reference, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)))
+    adapted = peft.get_peft_model(reference, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
     model = from_pretrained(folder)
-    config = lora.LoraConfig(rank=rank, alpha=alpha, targets=TARGETS)
+    config = lora.LoraConfig(rank=rank, alpha=alpha, targets=targets)
     tree = lora.init_lora(jax.random.key(0), nnx.state(model), config)
     state = dict(adapted.named_parameters())
     dual = model.config.dual_layers
@@ -134,6 +135,9 @@ def lora_pair(reference, folder, rank: int = 3, alpha: float = 7.0):
 
     def read(path, leaf, get):
         stack, *module, side = [key.key for key in path]
+        if "block" not in stack:
+            name = ".".join([stack, *module])
+            return get(state[f"base_model.model.{name}.lora_{side.upper()}.default.weight"])
         first = {"dual_blocks": 0, "blocks": dual, "last_block": model.config.num_layers - 1}[stack]
         if stack == "last_block":
             return get(matrix(".".join(module), first, side))
@@ -146,7 +150,7 @@ def lora_pair(reference, folder, rank: int = 3, alpha: float = 7.0):
 
 
 def test_lora_and_its_gradient_equal_peft(medium):
-    adapted, model, tree_of, config = lora_pair(*medium)
+    adapted, model, tree_of, config = lora_pair(*medium, EVERY_LINEAR)
     tree = tree_of(lambda parameter: parameter.detach().numpy().T.copy())
     given = inputs(model.config)
     expected = torch_forward(adapted, *given)

@@ -34,14 +34,18 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+# Convolutions in the checkpoint, linear only here: PEFT would adapt them with convolutions.
+CONVOLUTIONS = ("pos_embed.proj",)
+
+
 def target_kernels(abstract_params, targets: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """The kernels [..., I, O] whose module path ends with one of `targets`; ConfigError for a target without any."""
     found, used = {}, set()
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params)[0]:
         name = path_name(path)
-        if not name.endswith(".kernel"):
-            continue
         module = name.removesuffix(".kernel")
+        if not name.endswith(".kernel") or module in CONVOLUTIONS:
+            continue
         hits = [target for target in targets if f".{module}".endswith(f".{target}")]
         if hits:
             found[module] = leaf

@@ -37,8 +37,9 @@ class Embedder(nnx.Module):
         self.linear_1 = Linear(in_features, width, rngs=rngs)
         self.linear_2 = Linear(width, width, rngs=rngs)
 
-    def __call__(self, x):
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+    def __call__(self, x, lora=None):
+        x = self.linear_1(x, lora=child(lora, "linear_1"))
+        return self.linear_2(jax.nn.silu(x), lora=child(lora, "linear_2"))
 
 
 class Modulation(nnx.Module):
@@ -48,8 +49,8 @@ class Modulation(nnx.Module):
         self.count = count
         self.linear = Linear(width, count * width, rngs=rngs, init=ZEROS)
 
-    def __call__(self, emb):
-        return jnp.split(self.linear(emb)[:, None], self.count, axis=-1)
+    def __call__(self, emb, lora=None):
+        return jnp.split(self.linear(emb, lora=child(lora, "linear"))[:, None], self.count, axis=-1)
 
 
 def modulate(x, shift, scale):

@@ -221,9 +221,9 @@ class QwenImageTransformer(nnx.Module):
 
         timestep: 0 (image) to 1000 (noise), any float; kept in float32. context: text tokens; mask: 0 where one is
         padding that no token sees, None for no padding. sources: the source images, see `pack_sources`. lora: a tree
-        of adapters over the model's own paths, scale folded in (models/lora.py); over `blocks`, `img_in`, `txt_in`
-        and `proj_out`. remat: one of layers.REMAT_POLICIES. with_tokens: also give the target's tokens as they leave
-        the last block. Raises ConfigError when a height or width is not a multiple of the patch size.
+        of adapters over the model's own paths, scale folded in (models/lora.py). remat: one of layers.REMAT_POLICIES.
+        with_tokens: also give the target's tokens as they leave the last block. Raises ConfigError when a height or
+        width is not a multiple of the patch size.
         """
         config, p = self.config, self.config.patch_size
         B, h, w, _ = x.shape
@@ -236,8 +236,8 @@ class QwenImageTransformer(nnx.Module):
             tokens = jnp.concatenate([tokens, sources.tokens.astype(dtype)], axis=1)
         tokens = self.img_in(tokens, lora=child(lora, "img_in"))
         text = self.txt_in(self.txt_norm(context.astype(dtype)), lora=child(lora, "txt_in"))
-        emb = self._condition(timestep)
-        still = self._condition(jnp.zeros(1)) if sources is not None and config.zero_cond_t else None
+        emb = self._condition(timestep, lora)
+        still = self._condition(jnp.zeros(1), lora) if sources is not None and config.zero_cond_t else None
         angles = rotary_angles(token_places(grid, sources, T), config.axes_dims_rope)
         rotary = jnp.cos(angles), jnp.sin(angles)
         segments = None
@@ -259,18 +259,19 @@ class QwenImageTransformer(nnx.Module):
 
         with jax.named_scope("blocks"):
             (tokens, text), _ = scan_layers(self.blocks, body, (tokens, text), child(lora, "blocks"), remat=remat)
-        scale, shift = self.norm_out(emb)
+        scale, shift = self.norm_out(emb, lora=child(lora, "norm_out"))
         out = self.proj_out(modulate(self.norm(tokens[:, :S]), shift, scale), lora=child(lora, "proj_out"))
         out = reshape(out, B, *grid, config.latent_channels, p, p)
         v = reshape(out.transpose(0, 1, 4, 2, 5, 3), B, h, w, config.latent_channels)
         return (v, tokens[:, :S]) if with_tokens else v
 
-    def _condition(self, timestep):
+    def _condition(self, timestep, lora):
         """The activated conditioning vector [B, D]."""
         # In diffusers' order, which multiplies a timestep of 0 to 1 by the frequencies first: the angles of up to
         # 1000 radians would otherwise differ by their rounding.
-        features = timestep_features(timestep / 1000, scale=1000)
-        return jax.nn.silu(self.time_text_embed.timestep_embedder(features.astype(self.proj_out.kernel.dtype)))
+        features = timestep_features(timestep / 1000, scale=1000).astype(self.proj_out.kernel.dtype)
+        lora = child(lora, "time_text_embed", "timestep_embedder")
+        return jax.nn.silu(self.time_text_embed.timestep_embedder(features, lora=lora))
 
 
 def token_places(grid: tuple[int, int], sources: Sources | None, text_tokens: int) -> Int[Array, "B N 3"]:

@@ -186,16 +186,16 @@ class SD3Transformer(nnx.Module):
         """The velocity at noisy latents x, in the dtype of the weights.
 
         timestep: 0 (image) to 1000 (noise), any float. context: text tokens; pooled: one vector a prompt. lora: a
-        tree of adapters over `blocks`, `dual_blocks` and `last_block`, scale folded in (models/lora.py). remat:
-        one of layers.REMAT_POLICIES. with_tokens: also give the image tokens as they enter the last block. Raises
-        ConfigError when h or w is not a multiple of the patch size or exceeds the table of positions.
+        tree of adapters over the model's own paths, scale folded in (models/lora.py). remat: one of
+        layers.REMAT_POLICIES. with_tokens: also give the image tokens as they enter the last block. Raises ConfigError
+        when h or w is not a multiple of the patch size or exceeds the table of positions.
         """
         config = self.config
         B, h, w, _ = x.shape
         config.check_latent_size(h, w)
         dtype = self.proj_out.kernel.dtype
         x = self.pos_embed(x.astype(dtype))
-        emb = jax.nn.silu(self.time_text_embed(timestep, pooled.astype(dtype)))
+        emb = jax.nn.silu(self.time_text_embed(timestep, pooled.astype(dtype), lora=child(lora, "time_text_embed")))
         text = self.context_embedder(context.astype(dtype), lora=child(lora, "context_embedder"))
 
         def body(block, carry, block_lora):
@@ -208,10 +208,11 @@ class SD3Transformer(nnx.Module):
                     (x, text), _ = scan_layers(blocks, body, (x, text), child(lora, name), remat=remat)
         tokens = x
         with jax.named_scope("last_block"):
-            lora = child(lora, "last_block")
-            x, _ = self.last_block(x, text, emb, lora=lora, implementation=attention_implementation)
-        scale, shift = self.norm_out(emb)
-        x = self.proj_out(modulate(self.norm(x), shift, scale))
+            x, _ = self.last_block(
+                x, text, emb, lora=child(lora, "last_block"), implementation=attention_implementation
+            )
+        scale, shift = self.norm_out(emb, lora=child(lora, "norm_out"))
+        x = self.proj_out(modulate(self.norm(x), shift, scale), lora=child(lora, "proj_out"))
         p = config.patch_size
         x = reshape(x, B, h // p, w // p, p, p, config.velocity_channels)
         v = reshape(x.transpose(0, 1, 3, 2, 4, 5), B, h, w, config.velocity_channels)
@@ -258,9 +259,10 @@ class TimeTextEmbed(nnx.Module):
         self.timestep_embedder = Embedder(TIME_FEATURES, config.width, rngs=rngs)
         self.text_embedder = Embedder(config.pooled_projection_dim, config.width, rngs=rngs)
 
-    def __call__(self, timestep, pooled):
+    def __call__(self, timestep, pooled, lora=None):
         features = timestep_features(timestep).astype(pooled.dtype)
-        return self.timestep_embedder(features) + self.text_embedder(pooled)
+        time = self.timestep_embedder(features, lora=child(lora, "timestep_embedder"))
+        return time + self.text_embedder(pooled, lora=child(lora, "text_embedder"))
 
 
 class Block(nnx.Module):
@@ -285,9 +287,9 @@ class Block(nnx.Module):
 
     def __call__(self, x, text, emb, *, lora=None, implementation=None):
         """Image tokens x [B, S, D], text tokens [B, T, D], activated conditioning emb [B, D] -> x, text (or None)."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = self.norm1(emb)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = self.norm1(emb, lora=child(lora, "norm1"))
         normed = self.norm(x)
-        modulation = self.norm1_context(emb)
+        modulation = self.norm1_context(emb, lora=child(lora, "norm1_context"))
         # A modulation of two is stored as (scale, shift), one of six as (shift, scale, ...).
         text_shift, text_scale = modulation[:2] if self.ff_context else modulation[::-1]
         attended, text_attended = self.attn(
