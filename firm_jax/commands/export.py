@@ -18,7 +18,6 @@ from firm_jax import models
 from firm_jax.checkpoint import Checkpoint, read_arrays
 from firm_jax.embedded import PREFIX
 from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
-from firm_jax.generation.folder import INDEX_FILE, present_parts
 from firm_jax.generation.generator import read_model_index
 from firm_jax.interop import lora_formats
 from firm_jax.interop.card_examples import critic_example, pipeline_example
@@ -26,6 +25,7 @@ from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import PATTERNS, find_local, identity, resolve
 from firm_jax.interop.lora_formats import Adapter, adapter_of
 from firm_jax.interop.model_card import is_hub_id, model_card
+from firm_jax.interop.pipeline_folder import INDEX_FILE, present_parts
 from firm_jax.models.lora import LoraConfig
 
 # Each format, and the job whose runs it is for.

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 
 from firm_jax import models
 from firm_jax.fit import fit
-from firm_jax.generation.folder import read_scheduler
 from firm_jax.generation.schedules import noised
 from firm_jax.generation.sd3 import SD3Generator
 from firm_jax.generation.text import TextEncoders, load_tokenizer
 from firm_jax.interop.hub import resolve
+from firm_jax.interop.pipeline_folder import read_scheduler
 from firm_jax.mesh import make_mesh, replicate, shard_batch, to_host
 from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.layers import Linear

@@ -17,13 +17,13 @@ from firm_jax import models
 from firm_jax.data.patches import ImageConfig, cut_patches
 from firm_jax.errors import ConfigError
 from firm_jax.fit import fit
-from firm_jax.generation.folder import read_scheduler, write_scheduler
 from firm_jax.generation.generator import pipeline_class
 from firm_jax.generation.pretrain import Readout, flow_example, of_tokens, write_samples
 from firm_jax.generation.qwen_image import QwenImageGenerator, pack_sources
 from firm_jax.generation.qwen_text import QwenTextEncoder
 from firm_jax.generation.text import load_tokenizer
 from firm_jax.interop.hub import resolve
+from firm_jax.interop.pipeline_folder import read_scheduler, write_scheduler
 from firm_jax.mesh import make_mesh, replicate, shard_batch, to_host
 from firm_jax.models.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from firm_jax.models.qwen_image import QwenImageConfig, QwenImageTransformer

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 from firm_jax import models
 from firm_jax.data.patches import ImageConfig, bucket, image_digest, image_processor_json, smart_resize
 from firm_jax.errors import ConfigError, DataError
-from firm_jax.generation.folder import check_parts, read_scheduler, write_index, write_scheduler
 from firm_jax.generation.generator import Generator, decoded_together
 from firm_jax.generation.qwen_text import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, QwenTextEncoder, Template
 from firm_jax.generation.sources import as_batch, cropped_size, resized, size_of_area, to_image
 from firm_jax.generation.text import load_tokenizer
+from firm_jax.interop.pipeline_folder import check_parts, read_scheduler, write_index, write_scheduler
 from firm_jax.mesh import batch_size, on_mesh, replicate, shard_batch, to_host
 from firm_jax.models.mmdit import patchify
 from firm_jax.models.qwen_image import Sources, pack_sources

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from firm_jax import models
 from firm_jax.errors import ConfigError
-from firm_jax.generation.folder import check_parts, present_parts, read_scheduler, write_index, write_scheduler
 from firm_jax.generation.generator import Generator, read_model_index
 from firm_jax.generation.text import (
     CLIP_ENCODERS,
@@ -20,6 +19,7 @@ from firm_jax.generation.text import (
     TextEncoders,
     tokenizer_name,
 )
+from firm_jax.interop.pipeline_folder import check_parts, present_parts, read_scheduler, write_index, write_scheduler
 
 PIPELINE = "StableDiffusion3Pipeline"
 REQUIRED = ("transformer", "vae", "scheduler", *CLIP_ENCODERS, *map(tokenizer_name, CLIP_ENCODERS))

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from firm_jax.embedded import PREFIX
-from firm_jax.generation.folder import present_parts
 from firm_jax.interop.model_card import is_hub_id
+from firm_jax.interop.pipeline_folder import present_parts
 
 SD3 = "StableDiffusion3Pipeline"
 PROMPT, INSTRUCTION = "a red circle above a blue square", "make the circle blue"
