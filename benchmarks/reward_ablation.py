@@ -3,9 +3,9 @@
     python -m benchmarks.reward_ablation --out runs/ablation
 
 FIRM's Table 5 in miniature. Editing is trained with linear sums of execution and consistency, with execution alone and
-with CME; generation with instruction following alone and with QMA. All runs of a task have the same seed, so they begin
-with the same pictures. The numbers come from the oracle, which reads pixels and which no reward can flatter; where a
-column is the critic's opinion, its name says so.
+with CME, the paper's and the miniature's; generation with instruction following alone and with QMA. All runs of a task
+have the same seed, so they begin with the same pictures. The numbers come from the oracle, which reads pixels and which
+no reward can flatter; where a column is the critic's opinion, its name says so.
 
 Each run has a folder of its own below `--out`; the same command continues what was interrupted and repeats nothing that
 is finished. Written there: `ablation.md`, `ablation.json` and a plot for each task, `editing.svg` and `generation.svg`.
@@ -42,7 +42,8 @@ TASKS = {
             "0.5 execution + 0.5 consistency": ("weighted_sum", {"execution": 0.5, "consistency": 0.5}),
             "0.6 execution + 0.4 consistency": ("weighted_sum", {"execution": 0.6, "consistency": 0.4}),
             "execution alone": ("execution_only", {}),
-            "CME": ("cme", {"base": 0.6, "bonus": 0.4}),
+            "CME, 0.6 + 0.4": ("cme", {"base": 0.6, "bonus": 0.4}),
+            "CME, 0.4 + 0.6": ("cme", {"base": 0.4, "bonus": 0.6}),
         },
         {
             "eval/oracle_execution": "execution",
@@ -144,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--editing-epochs", type=int, default=45)
-    parser.add_argument("--generation-epochs", type=int, default=45)
+    parser.add_argument("--editing-epochs", type=int, default=40)
+    parser.add_argument("--generation-epochs", type=int, default=40)
     given = parser.parse_args(arguments)
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -134,6 +134,8 @@ def tiny() -> ConfigDict:
     )
     config.group = {"prompts_per_epoch": 12, "images_per_prompt": 12}
     config.lora.update({"rank": 16, "alpha": 32.0})
+    # The paper's 0.6 and 0.4 leave consistency too faint for sixty epochs: on one seed of two preservation fell.
+    config.reward.weights = {"base": 0.4, "bonus": 0.6}
     size = {
         "height": 64,
         "width": 64,

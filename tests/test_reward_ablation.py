@@ -16,6 +16,7 @@ from firm_jax.config import parse_flags
 from firm_jax.rl.job import check_config
 from firm_jax.rl.rewards import resolve_reward
 
+CME = "CME, 0.4 + 0.6"
 EVERY_RUN = [(name, reward) for name, task in TASKS.items() for reward in task.rewards]
 
 
@@ -57,24 +58,24 @@ def test_what_is_finished_is_told_and_what_is_not_is_run(tmp_path, arguments, mo
     epochs, asked = {"editing": 4, "generation": 2}, []
     for name, reward in EVERY_RUN:
         write_run(folder(tmp_path, name, reward), TASKS[name], epochs[name])
-    write_run(folder(tmp_path, "editing", "CME"), TASKS["editing"], 3)
+    write_run(folder(tmp_path, "editing", CME), TASKS["editing"], 3)
 
     def run(line, cwd):
         asked.append(line)
-        write_run(folder(tmp_path, "editing", "CME"), TASKS["editing"], 4, after=0.875)
+        write_run(folder(tmp_path, "editing", CME), TASKS["editing"], 4, after=0.875)
         return subprocess.CompletedProcess(line, 0)
 
     monkeypatch.setattr(reward_ablation.subprocess, "run", run)
     assert main(arguments) == 0
     [line] = asked
-    assert line[line.index("--workdir") + 1] == str(folder(tmp_path, "editing", "CME"))
+    assert line[line.index("--workdir") + 1] == str(folder(tmp_path, "editing", CME))
     text = (tmp_path / "out" / "ablation.md").read_text()
     assert text in capsys.readouterr().out
     assert "| reward | execution | preservation | execution x preservation |\n| --- | --- | --- | --- |" in text
-    assert f"| CME |{' 0.500 -> 0.875 ± 0.013 |' * 3}\n" in text
+    assert f"| {CME} |{' 0.500 -> 0.875 ± 0.013 |' * 3}\n" in text
     assert "| QMA | 0.500 -> 0.750 ± 0.013 | 0.500 -> 0.750 ± 0.013 | 0.500 -> 0.750 |" in text
     results = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert results["editing"]["CME"]["eval/oracle_edit"] == [[0, 0.5, None], [4, 0.875, 0.0125]]
+    assert results["editing"][CME]["eval/oracle_edit"] == [[0, 0.5, None], [4, 0.875, 0.0125]]
     for name, task in TASKS.items():
         svg = ElementTree.parse(tmp_path / "out" / f"{name}.svg")
         words = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
