@@ -104,7 +104,7 @@ def _gpus(topology: Topology) -> list[jax.Device]:
     except (RuntimeError, ValueError) as error:
         if "not implemented for cuda" in str(error):
             raise ConfigError(
-                "--plan needs JAX's CUDA compiler, which is not installed: pip install -e '.[cuda]' (it compiles "
+                "--plan needs JAX's CUDA compiler, which is not installed: pip install -e '.[cuda13]' (it compiles "
                 "without a GPU and without a driver)"
             ) from None
         raise ConfigError(f"--plan {topology.name}: JAX's CUDA compiler refuses this topology: {error}") from error

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 needs_the_compiler = pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, PLUGINS)), reason="needs JAX's CUDA compiler: pip install -e '.[cuda]'"
+    not any(map(importlib.util.find_spec, PLUGINS)), reason="needs JAX's CUDA compiler: pip install -e '.[cuda13]'"
 )
 
 
@@ -44,7 +44,7 @@ def environment(monkeypatch):
 def test_without_the_cuda_compiler_the_message_says_what_to_install(monkeypatch):
     jax.devices()  # plugins are looked for once
     monkeypatch.setattr(xla_bridge, "_topology_factories", {})
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[cuda\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[cuda13\]'"):
         topology.devices(topology.parse("h100:1"))
 
 
