@@ -6,5 +6,5 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, **given) -> str:
-    """A link to a file that is not of the site, such as a test, becomes its text and, where that says less, its path."""
+    """A link to a file that is not of the site becomes its text and, but for a test, its path."""
     return OUTSIDE.sub(lambda link: link[1] if "tests/" in link[2] else f"{link[1]} (`{link[2][3:]}`)", markdown)

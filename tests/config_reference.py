@@ -56,8 +56,7 @@ def variants(file: Path) -> dict[str, tuple[str, ConfigDict]]:
     )
     names = {key.value: function.id for key, function in zip(table.keys, table.values, strict=True)}
     return {
-        variant: (documented[name].splitlines()[0], load_config(f"{file}:{variant}"))
-        for variant, name in names.items()
+        variant: (documented[name].splitlines()[0], load_config(f"{file}:{variant}")) for variant, name in names.items()
     }
 
 

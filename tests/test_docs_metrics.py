@@ -38,8 +38,8 @@ def may_be(explained_name: str, source: str) -> bool:
 
     What an f-string fills in has to be a placeholder on the page, or a string of the source too.
     """
-    filled = re.fullmatch(re.escape(source).replace("\0", "(.+)"), explained_name)
-    return bool(filled) and all(part.startswith("<") or part in literals() for part in filled.groups())
+    filled = re.fullmatch(re.escape(source).replace("\0", "(.*)"), explained_name)
+    return bool(filled) and all(re.fullmatch(r"_?<\w+>|", part) or part in literals() for part in filled.groups())
 
 
 def test_every_name_in_the_source_is_explained():
