@@ -38,7 +38,7 @@ PLAIN = ("printf", "cp", "mkdir", "export", "ruff", "xprof", "mkdocs", "curl", "
 
 
 def everything() -> list[Block]:
-    return [block for page in PAGES for block in blocks(page)]
+    return [block for page in PAGES if page.name not in ELSEWHERE for block in blocks(page)]
 
 
 def shell(page: Path) -> list[Block]:
@@ -124,8 +124,8 @@ def check_firm_jax(arguments: list[str]) -> None:
     importlib.import_module(f"firm_jax.commands.{command}").add_arguments(parser)
     try:
         parser.parse_args(rest)
-    except SystemExit:
-        pytest.fail(f"firm-jax does not take {shlex.join(arguments)}")
+    except SystemExit as ended:
+        raise AssertionError(f"firm-jax does not take {shlex.join(arguments)}") from ended
 
 
 @functools.cache
@@ -147,8 +147,6 @@ def check_pip(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("block", everything(), ids=named)
 def test_a_block_says_what_it_is(block):
-    if block.page.name in ELSEWHERE:
-        pytest.skip(f"run by tests/{ELSEWHERE[block.page.name]}")
     assert block.language in LANGUAGES
     if block.language == "python":
         ast.parse(block.text)
@@ -184,7 +182,7 @@ def test_a_command_that_cannot_be_given_is_told():
 def test_commands_in_text_are_in_no_block_of_another_language():
     """A command cannot hide from the tests above behind another language."""
     for block in everything():
-        if block.page.name not in ELSEWHERE and block.language != "sh":
+        if block.language != "sh":
             assert not re.search(r"^(\$ )?(pip|python|firm-jax|pytest|mkdocs) ", block.text, re.M), named(block)
 
 
@@ -304,6 +302,10 @@ def test_the_commands_of_a_page_run(page, folder, cache):
         if block.language == "python" and (name := re.match(r"# (\w+\.py)\n", block.text)):
             (folder / name[1]).write_text(block.text)
     own = [block.text for block in shell(page) if not block.needs]
+    examples = [block.text for block in blocks(page) if block.language == "python" and "embedded:" in block.text]
+    for number, text in enumerate(examples):
+        (folder / f"example_{number}.py").write_text(text)
+    own += [f"python example_{number}.py" for number in range(len(examples))]
     before = [] if page.stem in ("quickstart", "README") else [TRAINED] * ("runs/tiny" in "".join(own))
     ended = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join([*before, *own])],
