@@ -200,6 +200,7 @@ RL = {
     "eval.images_per_prompt": 1,
     "eval.judged": 4,
     "eval.batch_size": 4,
+    "profile.start": 0,
 }
 PLANNED = RL | {
     "model": "embedded:sd3",
@@ -240,7 +241,7 @@ def smaller(arguments: list[str]) -> list[str]:
         return arguments
     source = next(after for word, after in itertools.pairwise(arguments) if word == "--config")
     values = PLANNED if "--plan" in arguments else JOBS[load_config(source).job]
-    asked = {word.partition("=")[0] for word in arguments} - {"--config.train.epochs"}
+    asked = {word.partition("=")[0] for word in arguments} - {"--config.train.epochs", "--config.profile.start"}
     return [*arguments, *(f"--config.{key}={value}" for key, value in values.items() if f"--config.{key}" not in asked)]
 
 
