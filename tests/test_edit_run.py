@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from critic_miniature import write_miniature
+from docs_pages import unexplained
 from mesh_job import WritingCritic
 from PIL import Image
 from test_edit_job import CONFIGS
@@ -81,6 +82,9 @@ def run(config, workdir):
 def test_two_epochs_of_editing_move_the_policy_and_a_pause_between_them_changes_nothing(world, tmp_path):
     run(config_for(world, 2), tmp_path / "whole")
     before, *epochs = lines(tmp_path / "whole" / "metrics.jsonl")
+    assert unexplained({name for line in (before, *epochs) for name in line}) == [], (
+        "docs/metrics.md is to say what it is"
+    )
     assert before["eval/reward"] is not None
     for line in epochs:
         assert line["reward/std"] > 0 and line["loss/total"] > 0 and line["grad/norm"] > 0

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from critic_miniature import MINIATURE
+from docs_pages import unexplained
 from transformers import AutoTokenizer
 
 from firm_jax import models
@@ -41,7 +42,9 @@ def stop_and_continue(job, config, folder):
 
 
 def last_metrics(folder) -> dict:
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert unexplained(metrics) == [], "tell of it in docs/metrics.md"
+    return metrics
 
 
 def weights(folder) -> dict[str, bytes]:

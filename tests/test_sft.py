@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from critic_miniature import MINIATURE, TEXTS, picture, write_miniature
+from docs_pages import unexplained
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -177,6 +178,7 @@ def optimizer_leaf(state, names) -> list:
 
 def metrics_of(workdir) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert unexplained({name for line in lines for name in line}) == [], "tell of it in docs/metrics.md"
     return [{k: v for k, v in line.items() if not k.startswith(("time", "goodput"))} for line in lines]
 
 

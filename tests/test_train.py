@@ -10,6 +10,7 @@ import hostile
 import jax
 import numpy as np
 import pytest
+from docs_pages import unexplained
 from orbax.checkpoint import v1 as ocp
 from scripted import ScriptedCritic
 from tiny_pipeline import tiny_generator
@@ -136,6 +137,9 @@ def test_metrics_carry_the_promised_names(finished):
         assert all(isinstance(line[name], float) for name in promised if name != "throughput/mfu")
         assert line["throughput/mfu"] is None  # the peak of this machine is not known
     assert ["eval/reward" in line for line in epochs] == [False, True, True]
+    assert unexplained({name for line in (before, *epochs) for name in line}) == [], (
+        "docs/metrics.md is to say what it is"
+    )
     assert all(line["loss/total"] > 0 and line["grad/norm"] > 0 and line["update/skipped"] == 0 for line in epochs)
 
 
