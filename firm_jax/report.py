@@ -1,10 +1,9 @@
 """Pictures of a run for people: grids with text, and `report.html`."""
 
 import base64
+import hashlib
 import io
-import itertools
 import json
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
 from firm_jax import storage
-from firm_jax.charts import COLOURS, line_chart
+from firm_jax.cards import gallery_of
+from firm_jax.curves import charts
 
 _SMALLEST_TILE = 224
 _FONT_SIZE = 17
-_LARGEST_PNG_BYTES = 1 << 20
+_LARGEST_GRID = 400_000  # bytes
 
 
 def image_grid(images: Any, captions: Sequence[str], columns: int, path: str | Path | None = None) -> np.ndarray:
@@ -78,39 +77,29 @@ def write_report(workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     rows = _read_lines(workdir / "metrics.jsonl")
-    judgements = _tail(workdir / "judgements.jsonl")[-6:]
-    page = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            name=workdir.resolve().name,
-            config=_read_json(workdir / "config.json"),
-            flat_config=_flat(_read_json(workdir / "config.json")),
-            versions=_versions(workdir),
-            last=rows[-1] if rows else {},
-            seconds=rows[-1]["time"] - rows[0]["time"] + (rows[0].get("time/wall") or 0) if rows else 0,
-            headlines=_headlines(rows),
-            pictures=_pictures(workdir),
-            charts=_charts(rows),
-            health=_health(workdir, rows),
-            judgements=judgements,
-            of_edits=any("sources" in judgement for judgement in judgements),
-        )
+    config = _read_json(workdir / "config.json")
+    environment = _environment()
+    drawn, others = charts(rows)
+    page = environment.get_template("report.html").render(
+        name=workdir.resolve().name,
+        script_hash=_script_hash(environment),
+        config=config,
+        flat_config=_flat(config),
+        versions=_versions(workdir),
+        last=rows[-1] if rows else {},
+        seconds=rows[-1]["time"] - rows[0]["time"] + (rows[0].get("time/wall") or 0) if rows else 0,
+        headlines=_headlines(rows),
+        pictures=_pictures(workdir),
+        charts=drawn,
+        other_charts=others,
+        health=_health(workdir, rows),
+        gallery=gallery_of(workdir),
     )
     path = workdir / "report.html"
-    storage.replace(path, page)
+    storage.replace(path, page.encode(errors="replace").decode())  # a lone surrogate of a text becomes "?"
     return path
 
 
-# Charts that hold more than one metric; every other metric gets its own. `*` is what is not drawn elsewhere.
-_SHARED_CHARTS = {
-    "reward by criterion": re.compile(
-        r"reward/(?!mean$|std$|zero_std_ratio$|group_std$|missing$|missing_groups$|.*_se$).*"
-    ),
-    "judgements that failed, by reason": re.compile(r"critic/status/.*"),
-    "seconds an epoch": re.compile(r"time/.*"),
-}
-_CHART_ORDER = ("reward", "eval", "loss", "grad", "critic", "policy", "throughput", "goodput", "time")
 # What a run of prompts or of edits is about; the first three that it has are on its cards.
 _HEADLINES = (
     "eval/oracle_fraction",
@@ -120,7 +109,6 @@ _HEADLINES = (
     "eval/oracle_accuracy",
     "reward/mean",
 )
-_NOT_DRAWN = ("step", "epoch", "time", "non_finite", "checkpoint/damaged", "goodput/productive_s", "goodput/wall_s")
 
 
 def _headlines(rows: list[dict]) -> list[dict]:
@@ -145,31 +133,6 @@ def _headlines(rows: list[dict]) -> list[dict]:
     return table
 
 
-def _charts(rows: list[dict]) -> list[dict]:
-    names = sorted({name for row in rows for name in row if name not in _NOT_DRAWN and not name.endswith("_se")})
-    series = {name: [(row["epoch"], row[name]) for row in rows if _is_number(row.get(name))] for name in names}
-    errors = {
-        name: [(row["epoch"], row[f"{name}_se"]) for row in rows if _is_number(row.get(f"{name}_se"))] for name in names
-    }
-    series = {name: points for name, points in series.items() if points}
-    groups = {}
-    for name in series:
-        shared = next((title for title, pattern in _SHARED_CHARTS.items() if pattern.fullmatch(name)), name)
-        groups.setdefault(shared, []).append(name)
-    charts = []
-    for title, members in sorted(groups.items(), key=lambda item: _chart_rank(item[1][0])):
-        svg = line_chart({n: series[n] for n in members}, {n: errors[n] for n in members if errors[n]})
-        legend = list(zip(members, itertools.cycle(COLOURS), strict=False)) if len(members) > 1 else []
-        charts.append({"title": title, "svg": Markup(svg), "legend": legend, "last": series[members[0]][-1][1]})
-    return charts
-
-
-def _chart_rank(name: str) -> tuple[int, str]:
-    group = name.partition("/")[0]
-    rank = _CHART_ORDER.index(group) if group in _CHART_ORDER else len(_CHART_ORDER)
-    return (_HEADLINES.index(name) - len(_HEADLINES) if name in _HEADLINES else rank, name)
-
-
 def _health(workdir: Path, rows: list[dict]) -> list[dict]:
     """What a careful person looks at before believing the numbers: each a finding, good or not."""
     findings = []
@@ -186,6 +149,13 @@ def _health(workdir: Path, rows: list[dict]) -> list[dict]:
         lambda x: x > 0.05,
         "judgements missing: {mean:.2%} on average, {worst:.2%} at worst",
     )
+    reasons = {
+        name.rpartition("/")[2]: int(sum(row[name] for row in rows if _is_number(row.get(name))))
+        for name in sorted({name for row in rows for name in row if name.startswith("critic/status/")})
+    }
+    if reasons:
+        told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        findings.append({"good": False, "text": f"judgements missing, by reason: {told}"})
     look(
         "reward/zero_std_ratio",
         lambda x: x > 0.5,
@@ -200,6 +170,14 @@ def _health(workdir: Path, rows: list[dict]) -> list[dict]:
     findings.append(
         {"good": not lost, "text": f"metrics that were not finite at some time: {', '.join(lost) or 'none'}"}
     )
+    phases = {
+        name.removeprefix("time/"): values
+        for name in sorted({name for row in rows for name in row if name.startswith("time/")})
+        if (values := [row[name] for row in rows if _is_number(row.get(name))])
+    }
+    if phases:
+        told = ", ".join(f"{name} {_number(sum(values) / len(values))} s" for name, values in phases.items())
+        findings.append({"good": True, "text": f"time of each phase, on average of the epochs that had it: {told}"})
     damaged = sorted(path.name for path in (workdir / "checkpoints").glob("*.damaged*"))
     if damaged:
         findings.append({"good": False, "text": f"checkpoints found damaged and set aside: {', '.join(damaged)}"})
@@ -226,13 +204,25 @@ def _pictures(workdir: Path) -> list[dict]:
 
 
 def _inlined(path: Path) -> str:
-    """A picture as a data address; a large one as JPEG, so that the report can still be mailed."""
-    content, kind = path.read_bytes(), "png"
-    if len(content) > _LARGEST_PNG_BYTES:
-        buffer, kind = io.BytesIO(), "jpeg"
-        Image.open(path).save(buffer, "JPEG", quality=90)
-        content = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    """A picture as a data address; a large one as WebP, the first below the limit, so that the page can be mailed."""
+    content = path.read_bytes()
+    if len(content) <= _LARGEST_GRID:
+        return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    with Image.open(path) as image:
+        whole = image.convert("RGB")
+    for width, quality in ((1600, 80), (1200, 70), (800, 50)):
+        small, buffer = whole.copy(), io.BytesIO()
+        small.thumbnail((width, 2 * width), Image.Resampling.LANCZOS)
+        small.save(buffer, "WEBP", quality=quality)
+        if buffer.tell() <= _LARGEST_GRID:
+            break
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _script_hash(environment: Environment) -> str:
+    """What the page's policy names its one script by: no other is run, however it came into the page."""
+    script = environment.get_template("report.js").render()
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _versions(workdir: Path) -> dict[str, Any]:
@@ -245,6 +235,7 @@ def _environment() -> Environment:
         loader=PackageLoader("firm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
+    environment.filters["short"] = "{:.2g}".format
     return environment
 
 
@@ -276,14 +267,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _whole_lines(content: bytes) -> list[dict[str, Any]]:
     """JSON lines but for a last one that a crash or a full disk has cut."""
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
-
-
-def _tail(path: Path, length: int = 1 << 16) -> list[dict[str, Any]]:
-    """The last records of a JSON lines file that may be large."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - length)
-        file.seek(start)
-        content = file.read()
-    return _whole_lines(content.partition(b"\n")[2] if start else content)

@@ -31,7 +31,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from firm_jax import storage
+from firm_jax import gallery, storage
 from firm_jax.checkpoint import Checkpointer
 from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
 from firm_jax.metrics import JsonLines, MetricWriter, headline
@@ -171,7 +171,7 @@ class Run:
         """
         checkpoint = self._checkpointer.restore(abstract_state)
         if checkpoint is None:
-            self._rewind({}, step=-1)
+            self._rewind({}, step=-1, epoch=-1)
             return None
         meta = checkpoint.meta
         check_same_config(meta["config"], self._plain_config, self.workdir)
@@ -182,7 +182,7 @@ class Run:
             )
         if changed := [f"{k} {v} -> {_versions()[k]}" for k, v in meta["versions"].items() if v != _versions()[k]]:
             logging.warning("continuing on another system, bits may differ: %s", ", ".join(changed))
-        self._rewind(meta["lengths"], checkpoint.step)
+        self._rewind(meta["lengths"], checkpoint.step, meta["epoch"])
         self.say(f"continuing from checkpoint {checkpoint.step} ({meta['epoch']} epochs done)")
         return Restored(checkpoint.state, checkpoint.data, meta["step"], meta["epoch"])
 
@@ -393,12 +393,13 @@ class Run:
         """How far the run's files are written, in bytes."""
         return {"metrics": self._metrics.length, "judgements": self._judgements.length} if self.is_main else {}
 
-    def _rewind(self, lengths: dict[str, int], step: int) -> None:
+    def _rewind(self, lengths: dict[str, int], step: int, epoch: int) -> None:
         lost = self._metrics.last()
         self._metrics.rewind(lengths.get("metrics", 0), step)
         self._timers.resume(lost, self._metrics.last())
         if self.is_main:
             self._judgements.rewind(lengths.get("judgements", 0))
+            gallery.forget(self.images_folder / gallery.FOLDER, after=epoch)
 
     def _write_config(self) -> None:
         storage.replace(self.workdir / "config.json", json.dumps(self._plain_config, indent=2))

@@ -156,6 +156,10 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "longer than the critic can read, is set aside when the prompts are read, never met in the middle of a "
             "run; a text above a megabyte is refused before it is tokenized.",
         ),
+        "hostile-answer": Fault(
+            "A prompt, or what the critic writes, is HTML or a script",
+            "In the report it is text. The page's policy runs no script but its own, and loads nothing from anywhere.",
+        ),
         "wrong-config": Fault(
             "A config key that does not exist, or a value that cannot work: another type, NaN, infinite, out of range",
             "An error that names the key and the nearest ones, before anything is loaded.",

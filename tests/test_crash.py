@@ -134,7 +134,12 @@ def straight(tmp_path_factory):
 
 def assert_same_run(workdir, expected):
     assert results(workdir) == results(expected)
-    for name in ("judgements.jsonl", *(f"images/{path.name}" for path in (expected / "images").iterdir())):
+    files, expected_files = (
+        {str(path.relative_to(folder)): path for path in (folder / "images").rglob("*.png")}
+        for folder in (workdir, expected)
+    )
+    assert files.keys() == expected_files.keys()
+    for name in ("judgements.jsonl", *files):
         assert (workdir / name).read_bytes() == (expected / name).read_bytes(), name
     arrays, expected_arrays = state(workdir), state(expected)
     assert arrays.keys() == expected_arrays.keys()

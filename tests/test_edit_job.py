@@ -13,6 +13,7 @@ from test_train import last_state, lines
 from test_train import run as train_with
 from tiny_pipeline import tiny_generator
 
+from firm_jax import gallery
 from firm_jax.config import all_keys, load_config
 from firm_jax.errors import ConfigError, DataError
 from firm_jax.generation import generator as generators
@@ -156,8 +157,20 @@ def test_metrics_and_pictures_are_those_of_edits(finished):
         assert {"reward/execution", "reward/consistency", "reward/mean"} <= set(line) and line["loss/total"] > 0
     reasons = [record["reason"] for record in lines(workdir / "quarantine.jsonl")]
     assert len(reasons) == 2 and "3 source images, more than the 2" in reasons[0] and "without an image" in reasons[1]
-    assert [path.name for path in sorted((workdir / "images").iterdir())] == ["eval_00000.png", "eval_00002.png"]
+    assert [path.name for path in sorted((workdir / "images").glob("*.png"))] == ["eval_00000.png", "eval_00002.png"]
     assert re.search(r"<code>images/[012]\.png", (workdir / "report.html").read_text())
+
+
+def test_edits_are_kept_with_the_sources_that_the_critic_was_shown(finished):
+    workdir, critic = finished
+    kept, broken = gallery.read(workdir / "images" / gallery.FOLDER)
+    kept = [(path, record) for path, record in kept if (record["set"], record["epoch"]) == ("train", 1)]
+    assert len(kept) == 6 and not broken
+    for path, record in kept:
+        request = critic.batches[1][record["image"]]
+        assert record["requirement"] == request["requirement"] and len(record["sources"]) == len(request["images"]) - 1
+        for file, shown in zip([*gallery.sources_of(path), path], request["images"], strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(shown))
 
 
 @pytest.mark.fault("hostile-image")

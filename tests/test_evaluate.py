@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scripted import FlatGenerator, ScriptedCritic
 
+from firm_jax import gallery
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.rl.evaluate import SHOWN, Evaluator, clustered_error
 from firm_jax.rl.rewards import resolve_reward
@@ -17,10 +19,11 @@ from firm_jax.shapes.scene import Prompt, sample_scene
 
 
 class Notes:
-    """What an evaluation asks of its run."""
+    """What an evaluation asks of its run. Pictures are kept where there is a folder."""
 
-    def __init__(self):
+    def __init__(self, folder=None):
         self.grids, self.lines = [], []
+        self.is_main, self.images_folder = folder is not None, folder
 
     def say(self, line):
         self.lines.append(line)
@@ -38,10 +41,11 @@ class Notes:
 def config(**changed):
     settings = {
         "prompts": 2, "images_per_prompt": 3, "judged": 4, "oracle": False, "steps": 2, "solver": "euler",
-        "guidance": 1.0, "height": 2, "width": 2, "max_text_tokens": 4, "batch_size": 4,
+        "guidance": 1.0, "height": 2, "width": 2, "max_text_tokens": 4, "batch_size": 4, "every": 2,
     }  # fmt: skip
     critic = SimpleNamespace(score="parsed", max_new_tokens=9)
-    return SimpleNamespace(eval=SimpleNamespace(**settings | changed), critic=critic)
+    train = SimpleNamespace(epochs=9)
+    return SimpleNamespace(eval=SimpleNamespace(**settings | changed), critic=critic, train=train)
 
 
 PROMPTS = [PromptRecord("a red circle"), PromptRecord("a blue square"), PromptRecord("never asked for")]
@@ -84,6 +88,28 @@ def test_every_evaluation_draws_the_same_images():
     assert (np.stack(critic.pictures[16:]) != np.stack(first)).any()
 
 
+def test_some_judged_pictures_are_kept_as_the_critic_saw_them(tmp_path):
+    critic, notes = ScriptedCritic(fails=lambda request: request["prompt"] == "a blue square"), Notes(tmp_path)
+    evaluate = evaluator(critic, notes)
+    for epoch in (0, 2, 5, 9, 10):  # 5 is no evaluation of this config, 10 is one beyond those that are due
+        metrics = evaluate(LORA, step=5 * epoch, epoch=epoch)
+    found, broken = gallery.read(tmp_path / "judged")
+    assert not broken and {record["epoch"] for _, record in found} == {0, 2, 9}
+    last = [(path, record) for path, record in found if record["epoch"] == 9]
+    assert [record["image"] for _, record in last] == [0, 1, 2, 3], "all four that are judged"
+    assert np.mean([r["reward"] for _, r in last if r["reward"] is not None]) == pytest.approx(metrics["eval/reward"])
+    for path, record in last:
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), critic.pictures[-8:-4][record["image"]])
+        assert record["set"] == "eval" and record["prompt"] == PROMPTS[record["image"] % 2].text
+        instruction, quality = record["judgements"]
+        assert (instruction["criterion"], quality["criterion"]) == ("instruction", "quality")
+        if record["image"] % 2:
+            assert instruction["status"] == "no score" and instruction["value"] is None and record["reward"] is None
+        else:
+            assert instruction["value"] == (instruction["score"] - 1) / 4 and quality["score"][0] == 5
+        assert instruction["oracle"] is None
+
+
 @pytest.mark.fault("silent-critic")
 def test_a_critic_that_fails_leaves_the_numbers_open():
     notes = Notes()
@@ -113,7 +139,7 @@ def test_nothing_is_judged_when_none_is_asked_for():
 
 
 @pytest.mark.fault("not-finite")
-def test_the_oracle_reads_the_pixels(monkeypatch):
+def test_the_oracle_reads_the_pixels(monkeypatch, tmp_path):
     records = [
         {"tag": "colors", "include": [{"class": kind, "count": 1, "color": color}], "prompt": f"a {color} {kind}"}
         for color, kind in (("red", "square"), ("blue", "circle"))
@@ -139,6 +165,11 @@ def test_the_oracle_reads_the_pixels(monkeypatch):
 
     def decode_nothing(self, vae_params, latents):
         return jnp.full((len(latents), *pictures.shape[1:]), jnp.nan)
+
+    notes = Notes(tmp_path)
+    evaluator(ScriptedCritic(), notes, Painter(), prompts[::-1], oracle=True)(LORA, step=0, epoch=0)
+    truth = [[j["oracle"] for j in record["judgements"]] for _, record in gallery.read(tmp_path / "judged")[0]]
+    assert len(truth) == 4 and all(0 <= instruction < 1 and quality is None for instruction, quality in truth)
 
     right, wrong, half = ask(prompts), ask(prompts[::-1]), ask([prompts[0], prompts[0]])
     assert right["eval/oracle_accuracy"] == right["eval/oracle_fraction"] == 1

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from scripted import ScriptedCritic
 from tiny_pipeline import tiny_generator
 
+from firm_jax import gallery
 from firm_jax.commands import main
 from firm_jax.config import load_config
 from firm_jax.errors import ConfigError, CriticError, DataError, NonFiniteError, WeightsError
@@ -115,7 +116,7 @@ def finished(world, tmp_path_factory):
 
 def test_the_folder_holds_what_the_run_promises(finished):
     assert json.loads((finished / "config.json").read_text())["train"]["epochs"] == 3
-    assert sorted(path.name for path in (finished / "images").iterdir()) == [
+    assert sorted(path.name for path in (finished / "images").glob("*.png")) == [
         f"eval_{epoch:05d}.png" for epoch in (0, 2, 3)
     ]
     assert [path.name for path in (finished / "checkpoints").iterdir() if path.name == "6"]
@@ -158,6 +159,23 @@ def test_every_judgement_is_written_and_the_unreadable_ones_are_missing(finished
         rewards = [r["reward"] for r in own if r["criterion"] == "quality"]
         assert line["reward/missing"] == rewards.count(None)
         assert line["reward/mean"] == pytest.approx(np.mean([r for r in rewards if r is not None]), rel=1e-5)
+
+
+def test_judgements_name_the_pictures_that_are_kept_of_them(finished):
+    records = lines(finished / "judgements.jsonl")
+    kept, broken = gallery.read(finished / "images" / gallery.FOLDER)
+    assert not broken and {(r["set"], r["epoch"]) for _, r in kept} == {
+        *(("eval", epoch) for epoch in (0, 2, 3)), *(("train", epoch) for epoch in (1, 2, 3)),
+    }  # fmt: skip
+    kept = {path: record for path, record in kept if record["set"] == "train"}
+    assert sum("file" in record for record in records) == 2 * len(kept) >= 2 * 3 * 4
+    for path, record in kept.items():
+        named = [r for r in records if r.get("file") == str(path.relative_to(finished))]
+        assert [r["criterion"] for r in named] == ["instruction", "quality"]
+        for judgement, written in zip(record["judgements"], named, strict=True):
+            assert (record["epoch"] - 1, record["image"]) == (written["epoch"], written["image"])
+            assert (record["prompt"], record["reward"]) == (written["prompt"], written["reward"])
+            assert all(judgement[name] == written[name] for name in ("score", "expected", "entropy", "status", "text"))
 
 
 def test_a_solved_prompt_is_not_drawn_again(finished):
@@ -217,6 +235,11 @@ def interrupt():
 def assert_same_run(workdir, expected_workdir):
     assert results(workdir) == results(expected_workdir)
     assert (workdir / "judgements.jsonl").read_bytes() == (expected_workdir / "judgements.jsonl").read_bytes()
+    kept, expected = (
+        {path.name: path.read_bytes() for path in (folder / "images" / gallery.FOLDER).iterdir()}
+        for folder in (workdir, expected_workdir)
+    )
+    assert kept == expected
     expected = last_state(expected_workdir)
     assert last_state(workdir).keys() == expected.keys()
     for name, array in last_state(workdir).items():

@@ -3,12 +3,17 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from absl import logging
 from PIL import Image, ImageOps
 
 from firm_jax.critic import Critic
 from firm_jax.data.edits import EditRecord
+from firm_jax.data.groups import EpochGroups
 from firm_jax.data.images import to_array
 from firm_jax.data.prompts import PromptRecord
+from firm_jax.errors import DataError
+from firm_jax.gallery import is_due
+from firm_jax.rl.audit import keep
 from firm_jax.rl.rewards import Reward
 from firm_jax.rl.rollout import (
     conditioner,
@@ -27,6 +32,8 @@ from firm_jax.shapes.edits import Edit
 from firm_jax.shapes.scene import Prompt
 
 SHOWN = 16  # pictures of the grid
+# Criterion of the reward -> what an oracle calls the same question. Of quality no oracle knows the truth.
+ASKED_ALIKE = {"instruction": "fraction", "execution": "execution", "consistency": "preservation"}
 
 
 class Evaluator:
@@ -51,7 +58,7 @@ class Evaluator:
         self.numbers = np.arange(len(rows), dtype=np.uint32)
         sources = shown_sources(prompts, settings)
         self.sources = [sources[row] for row in rows]
-        self.oracle = (edit_oracle if _of_edits(prompts) else prompt_oracle)(prompts) if settings.oracle else None
+        self.oracle = make_oracle(prompts) if settings.oracle else None
         self.conditioned = conditioner(generator, settings, prompts)(prompts)
         self.sample = make_sampler(
             generator, settings, generator.mesh, lambda chunks: run.progress(chunks, "evaluating")
@@ -62,9 +69,10 @@ class Evaluator:
         """Metrics `eval/*` of one policy (a LoRA tree, strength folded in), and a grid of pictures for the report."""
         with self.run.timer("eval"):
             _, images = self.sample(lora, self.conditioned, self.rows, self.numbers, self.key)
-            metrics, captions = self._judge(images)
-            if self.oracle is not None:
-                metrics |= self._ask_oracle(images)
+            # A picture that is not finite is black: the generator has failed.
+            found = self.oracle(np.nan_to_num(images), self.rows) if self.oracle else {}
+            metrics, captions = self._judge(images, truth_of(found), epoch)
+            metrics |= self._oracle_metrics(found)
         texts = [f"{p.text} | {caption}" for p, caption in zip(self.prompts, captions, strict=True)]
         shown, columns = images[:SHOWN], 4
         if _of_edits(self.prompts):
@@ -72,7 +80,20 @@ class Evaluator:
         self.run.images("eval", shown, texts[:SHOWN], step=step, epoch=epoch, columns=columns)
         return metrics
 
-    def _judge(self, images: np.ndarray) -> tuple[dict[str, float | None], list[str]]:
+    def truth(self, group: EpochGroups, images: np.ndarray) -> dict[str, np.ndarray]:
+        """What the oracle finds of an epoch's M images, by the critic's criterion, [M] on [0, 1].
+
+        Empty without an oracle, and for prompts that are not of the shapes world.
+        """
+        if self.oracle is None:
+            return {}
+        try:
+            return truth_of(make_oracle(group.prompts)(np.nan_to_num(images), group.group_ids))
+        except DataError as error:
+            logging.warning("no oracle for the pictures kept from training: %s", error)
+            return {}
+
+    def _judge(self, images: np.ndarray, truth: dict, epoch: int) -> tuple[dict[str, float | None], list[str]]:
         count, kind = min(self.config.eval.judged, len(images)), self.config.critic.score
         if count == 0:
             return {}, [""] * len(images)
@@ -88,6 +109,9 @@ class Evaluator:
         pairs = {name: scores(judgements, kind) for name, judgements in judged.items()}
         rewards, valid = self.reward({n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()})
         rewards = np.asarray(rewards)
+        if is_due(epoch, self.config.eval.every, self.config.train.epochs):
+            about = self.prompts[:count], self.sources[:count], images[:count], judged, rewards, truth
+            keep(self.run, "eval", epoch, *about, kind)
         metrics = judgement_metrics(judged, kind) | {"reward": mean_or_none(rewards)}
         names = {name: f"eval/{name.removeprefix('reward/').replace('/', '_')}" for name in metrics}
         captions = ["not judged"] * count + [""] * (len(images) - count)
@@ -96,9 +120,7 @@ class Evaluator:
             captions[index] = f"reward {rewards[index]:.2f} ({found})"
         return {names[name]: value for name, value in metrics.items()}, captions
 
-    def _ask_oracle(self, images: np.ndarray) -> dict[str, float]:
-        pictures = np.nan_to_num(images)  # one that is not finite is black: the generator has failed
-        found = self.oracle(pictures, self.rows)
+    def _oracle_metrics(self, found: dict[str, np.ndarray]) -> dict[str, float]:
         means = {f"eval/oracle_{name}": float(values.mean()) for name, values in found.items()}
         errors = {f"eval/oracle_{name}_se": clustered_error(values, self.rows) for name, values in found.items()}
         return means | errors
@@ -124,6 +146,16 @@ def _tile(sources: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     for place, source in enumerate(sources):
         tile.paste(ImageOps.pad(Image.fromarray(source), (each, height), color="white"), (place * each, 0))
     return to_array(tile)
+
+
+def make_oracle(prompts: Sequence[PromptRecord]) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """The oracle of edits or that of prompts, whichever these are."""
+    return (edit_oracle if _of_edits(prompts) else prompt_oracle)(prompts)
+
+
+def truth_of(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What an oracle has found, by the critic's criterion that asks the same."""
+    return {criterion: found[name] for criterion, name in ASKED_ALIKE.items() if name in found}
 
 
 def prompt_oracle(prompts: Sequence[PromptRecord]) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:

@@ -19,6 +19,7 @@ from firm_jax.data.prompts import PromptSplits, load_prompts
 from firm_jax.data.records import write_quarantine
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError, CriticError, DataError, FirmError, NonFiniteError, WeightsError
+from firm_jax.gallery import is_due
 from firm_jax.generation import Generator, check_size
 from firm_jax.generation.generator import pipeline_class, read_model_index
 from firm_jax.generation.solvers import SOLVERS
@@ -29,6 +30,7 @@ from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
 from firm_jax.models.quantize import check_scheme
 from firm_jax.profiling import model_flops_utilisation
 from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
+from firm_jax.rl.audit import keep
 from firm_jax.rl.evaluate import Evaluator
 from firm_jax.rl.nft import old_policy_decay
 from firm_jax.rl.rewards import Reward, resolve_reward
@@ -289,7 +291,7 @@ class Job:
         with self.run.timer("critic"):
             return judge(self.critic, images, self.drawn_for, self.sources, criteria, critic, self._bar("critic"))
 
-    def reward(self, judged: dict[str, list], group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
+    def reward(self, images, judged: dict[str, list], group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
         """Rewards [M] and which of them exist. Stops the run, saved, when the critic fails too often."""
         kind, limit = self.config.critic.score, self.config.critic.max_failure_rate
         found = {name: scores(judgements, kind) for name, judgements in judged.items()}
@@ -297,8 +299,12 @@ class Job:
             {name: values for name, (values, _) in found.items()}, {name: exist for name, (_, exist) in found.items()}
         )
         rewards, valid = np.asarray(rewards), np.asarray(valid)
-        write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards)
         rate = judgement_metrics(judged, kind)["critic/failure_rate"]
+        files = {}
+        if rate > limit or is_due(group.epoch + 1, 1, self.config.train.epochs):
+            about = self.drawn_for, self.sources, images, judged, rewards, self._evaluate.truth(group, images)
+            files = keep(self.run, "train", group.epoch + 1, *about, kind)
+        write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards, files)
         if rate > limit:
             listed = ", ".join(f"{status}: {count}" for status, count in failures(judged, kind).most_common())
             self._stop(

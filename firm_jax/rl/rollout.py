@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -242,9 +243,17 @@ def mean_or_none(values: np.ndarray) -> float | None:
 
 
 def write_judgements(
-    run: Run, epoch: int, prompts: Sequence[PromptRecord], judged: dict[str, list[Judgement]], rewards: np.ndarray
+    run: Run,
+    epoch: int,
+    prompts: Sequence[PromptRecord],
+    judged: dict[str, list[Judgement]],
+    rewards: np.ndarray,
+    files: Mapping[int, str] = MappingProxyType({}),
 ) -> None:
-    """One record for each judged image and criterion into judgements.jsonl; an edit's names its source images."""
+    """One record for each judged image and criterion into judgements.jsonl; an edit's names its source images.
+
+    files: image -> the file in the run's folder, of those that are kept; their records name it.
+    """
 
     def asked(record: PromptRecord) -> dict:
         sources = {"sources": [image.name for image in record.images]} if isinstance(record, EditRecord) else {}
@@ -256,6 +265,7 @@ def write_judgements(
             "image": index,
             **asked(prompts[index]),
             **recorded(criterion, judgement, rewards[index]),
+            **({"file": files[index]} if index in files else {}),
         }
         for criterion, judgements in judged.items()
         for index, judgement in enumerate(judgements)

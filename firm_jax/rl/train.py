@@ -25,7 +25,7 @@ def train(config, workdir: str) -> None:
                 group = job.next_group(state)
                 latents, images = job.sample(state["old"], group)
                 judged = job.judge(images)
-                rewards, valid = job.reward(judged, group)
+                rewards, valid = job.reward(images, judged, group)
 
                 advantage = advantages(rewards, group.group_ids, valid, global_std=settings.global_std)
                 r = advantage_to_r(advantage, clip=settings.adv_clip, mode=settings.adv_mode)
