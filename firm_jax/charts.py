@@ -61,7 +61,7 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """At most about `most` round numbers that cover [low, high]; steps are 1, 2, 2.5 or 5 times a power of ten."""
     if high - low < 1e-12 * max(1.0, abs(low), abs(high)):
         margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        low, high = (low - margin, high + margin) if low else (0.0, 1.0)
     raw = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))

@@ -35,7 +35,9 @@ def is_due(epoch: int, every: int, last: int) -> bool:
 
 
 def choose(records: Sequence[Record], rng: np.random.Generator, *, same: bool) -> dict[int, str]:
-    """Which of the records' pictures to keep, at most 12, and why: index -> reason. Ties are broken by chance.
+    """Which of the records' pictures to keep, at most 12, and why: index -> reason.
+
+    For no reason two of one prompt are kept. Ties are broken by chance.
 
     same: keep the first SAMPLE, where these are the same pictures every time, instead of some by chance.
     """
@@ -46,7 +48,10 @@ def choose(records: Sequence[Record], rng: np.random.Generator, *, same: bool) -
     def add(reason: str, count: int, measure: Callable[[Record], float | None], sign: int = 1) -> None:
         known = [(sign * value, i) for i in shuffled if i not in chosen and (value := measure(records[i])) is not None]
         known.sort(key=lambda pair: -pair[0])
-        chosen.update((index, reason) for _, index in known[:count])
+        first = {}  # of each prompt
+        for _, index in known:
+            first.setdefault((records[index]["prompt"], *records[index]["sources"]), index)
+        chosen.update((index, reason) for index in list(first.values())[:count])
 
     add("highest reward", 2, lambda record: record["reward"])
     add("lowest reward", 2, lambda record: record["reward"], -1)

@@ -44,9 +44,11 @@ def test_what_stands_out_is_kept_beside_what_does_not(same):
 
 
 def test_equal_pictures_are_chosen_by_chance_and_never_twice():
-    records = [{"reward": 1.0, "judgements": [a_judgement("quality", 5, 5.0, 0.0)]} for _ in range(40)]
+    equal = {"sources": [], "reward": 1.0, "judgements": [a_judgement("quality", 5, 5.0, 0.0)]}
+    records = [equal | {"prompt": f"prompt {row % 20}"} for row in range(40)]
     picks = [tuple(gallery.choose(records, np.random.default_rng(seed), same=True))[3:] for seed in range(5)]
     assert len(set(picks)) == 5 and all(len(set(pick)) == len(pick) == 6 for pick in picks)
+    assert all(len({row % 20 for row in pick[place : place + 2]}) == 2 for pick in picks for place in (0, 2, 4))
     assert gallery.choose(records[:2], np.random.default_rng(0), same=False).keys() == {0, 1}
 
 
