@@ -8,6 +8,7 @@ and `judgements`, each with `criterion`, `score`, `expected`, `entropy`, `status
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def write(folder: Path, picture: Image.Image, sources: Sequence[Image.Image], re
 def forget(folder: Path, after: int) -> None:
     """Remove the pictures of epochs beyond `after`: a resumed run does these again."""
     for path in folder.glob("*_*_*.png"):
-        if int(path.name.split("_")[1]) > after:
+        ours = re.fullmatch(r"[a-z]+_(\d+)_\d+(\.source\d+)?\.png", path.name)
+        if ours and int(ours[1]) > after:
             path.unlink()
 
 

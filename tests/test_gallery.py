@@ -81,9 +81,11 @@ def test_pictures_of_epochs_that_are_done_again_are_forgotten(tmp_path):
     gallery.forget(tmp_path / "images" / "judged", after=2)
     left = sorted(path.name for path in (tmp_path / "images" / "judged").iterdir())
     assert left == [name for name in before if int(name.split("_")[1]) <= 2] and 0 < len(left) < len(before)
+    foreign = tmp_path / "images" / "judged" / "not_of_this.png"
+    foreign.touch()
     gallery.forget(tmp_path / "images" / "judged", after=-1)
     gallery.forget(tmp_path / "images" / "none", after=-1)
-    assert not list((tmp_path / "images" / "judged").iterdir())
+    assert list((tmp_path / "images" / "judged").iterdir()) == [foreign]
 
 
 @pytest.mark.fault("disk-full")
