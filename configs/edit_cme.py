@@ -54,7 +54,13 @@ def paper() -> ConfigDict:
     } | sources
     config.critic = {
         "model": "VisionXLab/FIRM-Edit-8B",
-        "backend": "local",
+        "backend": "local",  # "firm" or "openai": on the servers of `endpoints`, see docs/serving.md
+        "endpoints": (),
+        "concurrency": 16,  # requests in flight
+        "connect_timeout": 5.0,  # seconds, as the next two
+        "try_timeout": 300.0,
+        "timeout": 600.0,  # of a request with all its tries
+        "attempts": 5,
         "rubrics": config_dict.placeholder(str),  # None: the critic folder's own, else the package's
         "batch_size": 128,
         "max_new_tokens": 1024,  # the score comes after the reasons: cut short, there is none

@@ -1,13 +1,17 @@
 """FIRM in JAX: vision-language critics and DiffusionNFT training of image generators (arXiv 2603.12247).
 
-from firm_jax import Critic, Generator, models
+from firm_jax import Critic, Generator, RemoteCritic, models
 """
 
 import importlib
 
-__all__ = ["Critic", "Generator", "models"]
+__all__ = ["Critic", "Generator", "RemoteCritic", "models"]
 
-_HOMES = {"Critic": "firm_jax.critic", "Generator": "firm_jax.generation"}
+_HOMES = {
+    "Critic": "firm_jax.critic",
+    "Generator": "firm_jax.generation",
+    "RemoteCritic": "firm_jax.critic.remote",
+}
 
 
 def __getattr__(name: str):

@@ -21,6 +21,12 @@ MAY_CHANGE = (
     "train.epochs",
     "train.max_skipped_updates",
     "critic.max_failure_rate",
+    "critic.endpoints",  # who answers there is pinned, not where
+    "critic.concurrency",
+    "critic.connect_timeout",
+    "critic.try_timeout",
+    "critic.timeout",
+    "critic.attempts",
     "checkpoint",
     "eval.every",
     "profile",

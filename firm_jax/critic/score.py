@@ -153,19 +153,13 @@ class Critic:
 
     def judgement(self, criterion: str, generation: Generation) -> Judgement:
         """What the model wrote after a `prompt` for this criterion, read as a judgement."""
-        rubric, text = self.rubrics[criterion], self.processor.decode(generation.tokens)
-        parsed = PARSERS[criterion](text)
-        if parsed.scores is None:
-            status = "truncated" if generation.finish_reason == "length" else parsed.status
-            return Judgement(criterion, None, None, None, text, status, parsed.reason, rubric.sha256)
-        probabilities = self._digit_probabilities(generation, [start for start, _ in parsed.spans])
-        expected = entropy = lowest = None
-        if probabilities is not None:
-            means = probabilities @ np.arange(1, 6)
-            expected, lowest = float(means.min()), tuple(probabilities[means.argmin()].tolist())
-            entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(-1).mean())
-        score = parsed.scores if len(parsed.scores) > 1 else parsed.scores[0]
-        return Judgement(criterion, score, expected, entropy, text, "ok", parsed.reason, rubric.sha256, lowest)
+        return read_judgement(
+            criterion,
+            self.rubrics[criterion],
+            self.processor.decode(generation.tokens),
+            cut=generation.finish_reason == "length",
+            probabilities=lambda places: self._digit_probabilities(generation, places),
+        )
 
     def _digit_probabilities(self, generation: Generation, starts: list[int]) -> np.ndarray | None:
         """float64 [scores, 5] at the tokens that hold the characters `starts`.
@@ -191,6 +185,33 @@ class Critic:
             else:
                 low = middle + 1
         return low
+
+
+def read_judgement(
+    criterion: str,
+    rubric: Rubric,
+    text: str,
+    *,
+    cut: bool,
+    probabilities: Callable[[list[int]], np.ndarray | None],
+) -> Judgement:
+    """What a critic wrote for a criterion, read as a judgement.
+
+    cut: whether the token limit ended the text. probabilities: of the digits 1..5 [scores, 5] where the text's
+    characters in the given places are, or None where they are not known.
+    """
+    parsed = PARSERS[criterion](text)
+    if parsed.scores is None:
+        status = "truncated" if cut else parsed.status
+        return Judgement(criterion, None, None, None, text, status, parsed.reason, rubric.sha256)
+    found = probabilities([start for start, _ in parsed.spans])
+    expected = entropy = lowest = None
+    if found is not None:
+        means = found @ np.arange(1, 6)
+        expected, lowest = float(means.min()), tuple(found[means.argmin()].tolist())
+        entropy = float(-(found * np.log(np.maximum(found, 1e-30))).sum(-1).mean())
+    score = parsed.scores if len(parsed.scores) > 1 else parsed.scores[0]
+    return Judgement(criterion, score, expected, entropy, text, "ok", parsed.reason, rubric.sha256, lowest)
 
 
 def prompt_check(

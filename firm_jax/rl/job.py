@@ -1,5 +1,6 @@
 """What the RL loop works with: the models, the prompts, the jitted programs, and what is said about each epoch."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -12,8 +13,7 @@ import numpy as np
 from absl import logging
 
 from firm_jax.critic import Critic, Judgement
-from firm_jax.critic.score import prompt_check
-from firm_jax.data.edits import EditRecord, load_edits
+from firm_jax.data.edits import load_edits
 from firm_jax.data.groups import EpochGroups, PromptGroups
 from firm_jax.data.prompts import PromptSplits, load_prompts
 from firm_jax.data.records import write_quarantine
@@ -32,6 +32,15 @@ from firm_jax.profiling import model_flops_utilisation
 from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
 from firm_jax.rl.audit import keep
 from firm_jax.rl.evaluate import Evaluator
+from firm_jax.rl.judging import (
+    BACKENDS,
+    check_critic,
+    check_of_prompts,
+    connect,
+    is_remote,
+    judging_of,
+    too_many_failures,
+)
 from firm_jax.rl.nft import old_policy_decay
 from firm_jax.rl.rewards import Reward, resolve_reward
 from firm_jax.rl.rollout import (
@@ -39,13 +48,10 @@ from firm_jax.rl.rollout import (
     RUBRICS,
     conditioner,
     drawing_flops,
-    failures,
-    judge,
     judgement_metrics,
     make_sampler,
     mean_or_none,
     scores,
-    shown_size,
     shown_sources,
     write_judgements,
 )
@@ -105,10 +111,11 @@ def check_config(config) -> None:
         ("train.adv_mode", train.adv_mode, ADVANTAGE_MODES),
         ("train.remat", train.remat, REMAT_POLICIES),
         ("critic.score", config.critic.score, ("parsed", "expected")),
-        ("critic.backend", config.critic.backend, ("local",)),
+        ("critic.backend", config.critic.backend, BACKENDS),
     ):
         if value not in known:
             raise ConfigError(f"{name} is {value!r}; it is one of: {', '.join(known)}")
+    check_critic(config.critic)
 
 
 def check_editing(config, reward: Reward, edits: bool) -> None:
@@ -161,7 +168,8 @@ class Job:
 
     def __init__(self, config, mesh):
         self.config, self.mesh = config, mesh
-        self.folders = find_weights({"model": config.model, "critic.model": config.critic.model})
+        local = {} if is_remote(config.critic) else {"critic.model": config.critic.model}
+        self.folders = find_weights({"model": config.model} | local)
         self.base_weights = {part: identity(folder) for part, folder in self.folders.items()}
         for section in (config.rollout, config.eval):
             check_size(self.folders["model"], section.height, section.width)
@@ -174,6 +182,9 @@ class Job:
         self.lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
         self.start = read_start(config.lora.init, self.lora, self.folders["model"] / "transformer")
         self.skipped = 0
+        self.critic = connect(config.critic, self.reward_function.criteria)
+        if self.critic is not None:  # remote, and pinned like the weights that the run is made over
+            self.base_weights["critic.model"] = self.critic.identity
 
     def _read_prompts(self) -> PromptSplits:
         """The prompts, or for a pipeline that edits the instructions with their source images."""
@@ -181,29 +192,14 @@ class Job:
         given = {
             "held_out_source": prompts.held_out and (embedded_path(prompts.held_out) or prompts.held_out),
             "max_bad_fraction": prompts.max_bad_fraction,
-            "check": self._prompt_check(),
+            "check": check_of_prompts(
+                self.config, self.reward_function.criteria, self.folders.get("critic.model"), self.pipeline.edits
+            ),
         }
         source = embedded_path(prompts.train) or prompts.train
         if not self.pipeline.edits:
             return load_prompts(source, **given)
         return load_edits(source, max_images=self.pipeline.max_images, image_folder=prompts.image_folder, **given)
-
-    def _prompt_check(self):
-        """What `load_prompts` asks about every prompt: whether the critic can be asked about its images."""
-        critic, folder, drawn = (
-            self.config.critic,
-            self.folders["critic.model"],
-            (self.config.rollout, self.config.eval),
-        )
-        criteria = [RUBRICS[criterion] for criterion in self.reward_function.criteria]
-        sizes = {(section.height, section.width) for section in drawn}
-
-        def sources(record: EditRecord):
-            largest = max(drawn, key=lambda section: section.source_area)
-            return [shown_size(image.height, image.width, largest) for image in record.images]
-
-        given = {"sources": sources} if self.pipeline.edits else {}
-        return prompt_check(folder, critic.rubrics, criteria, sizes, critic.max_new_tokens, **given)
 
     def begin(self, run: Run) -> tuple[dict, int]:
         """The state to start or to continue from, and how many epochs are done. Evaluates a policy not yet trained."""
@@ -245,7 +241,7 @@ class Job:
         self.generator = Generator.from_pretrained(
             self.folders["model"], dtype=config.dtype, mesh=mesh, quantize=config.quantize
         )
-        self.critic = Critic.from_pretrained(
+        self.critic = self.critic or Critic.from_pretrained(
             self.folders["critic.model"],
             dtype=config.dtype,
             mesh=mesh,
@@ -260,6 +256,8 @@ class Job:
         group = next(self.groups)
         self.drawn_for = [group.prompts[row] for row in group.group_ids]
         self.sources = self._open_sources(group)
+        given = self.drawn_for, self.sources, self.reward_function.criteria, self.config.critic
+        self.group, self.judging = group, judging_of(self.critic, *given)
         self.conditioned = self._condition(group.prompts)
         return group
 
@@ -273,10 +271,9 @@ class Job:
 
     def sample(self, old, group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
         """Final latents [M, h, w, C] and images [M, H, W, 3] of the old policy, on the host."""
+        rows, key = (group.group_ids, group.sample_indices), self.keys[ROLLOUT]
         with self.run.timer("rollout"):
-            latents, images = self._sample(
-                self._policy(old), self.conditioned, group.group_ids, group.sample_indices, self.keys[ROLLOUT]
-            )
+            latents, images = self._sample(self._policy(old), self.conditioned, *rows, key, self.judging.drawn)
         if bad := [p.text for p, image in zip(self.drawn_for, images, strict=True) if not np.isfinite(image).all()]:
             told = f"{len(bad)} of {len(images)} images are not finite, the first of the prompt {bad[0]!r}"
             if len(bad) > (limit := self.config.critic.max_failure_rate) * len(images):
@@ -286,34 +283,26 @@ class Job:
         return latents, images
 
     def judge(self, images: np.ndarray) -> dict[str, list[Judgement]]:
-        """The critic's judgements of the epoch's images, by criterion of the reward."""
-        critic, criteria = self.config.critic, self.reward_function.criteria
-        with self.run.timer("critic"):
-            return judge(self.critic, images, self.drawn_for, self.sources, criteria, critic, self._bar("critic"))
+        """The critic's judgements of the epoch's images, by criterion of the reward. A remote critic has been asked
+        since the first of them were drawn: here the last ones are waited for."""
+        with self.run.timer("critic"), self._stopping():
+            return self.judging.judgements(images, self._bar("critic"))
 
     def reward(self, images, judged: dict[str, list], group: EpochGroups) -> tuple[np.ndarray, np.ndarray]:
         """Rewards [M] and which of them exist. Stops the run, saved, when the critic fails too often."""
-        kind, limit = self.config.critic.score, self.config.critic.max_failure_rate
+        kind = self.config.critic.score
         found = {name: scores(judgements, kind) for name, judgements in judged.items()}
         rewards, valid = self.reward_function(
             {name: values for name, (values, _) in found.items()}, {name: exist for name, (_, exist) in found.items()}
         )
         rewards, valid = np.asarray(rewards), np.asarray(valid)
-        rate = judgement_metrics(judged, kind)["critic/failure_rate"]
-        files = {}
-        if rate > limit or is_due(group.epoch + 1, 1, self.config.train.epochs):
+        problem, files = too_many_failures(judged, self.config.critic), {}
+        if problem or is_due(group.epoch + 1, 1, self.config.train.epochs):
             about = self.drawn_for, self.sources, images, judged, rewards, self._evaluate.truth(group, images)
             files = keep(self.run, "train", group.epoch + 1, *about, kind)
         write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards, files)
-        if rate > limit:
-            listed = ", ".join(f"{status}: {count}" for status, count in failures(judged, kind).most_common())
-            self._stop(
-                group,
-                CriticError,
-                f"{rate:.0%} of the critic's judgements have no {kind} score ({listed}), "
-                f"more than critic.max_failure_rate = {limit}. judgements.jsonl holds the answers. Is this critic "
-                "served with the rubrics it was trained with (critic.rubrics), and critic.max_new_tokens long enough?",
-            )
+        if problem:
+            self._stop(group, CriticError, problem)
         return rewards, valid
 
     def update(self, state: dict, group: EpochGroups, latents, r, valid) -> tuple[dict, dict[str, float | None]]:
@@ -362,13 +351,21 @@ class Job:
         self.run.save_held()
         raise kind(f"epoch {group.epoch + 1}: {message} The run is saved in {self.run.workdir} as it was before it.")
 
+    @contextlib.contextmanager
+    def _stopping(self):
+        """Where a critic may turn out to be another one: the run then ends, saved."""
+        try:
+            yield
+        except CriticError as error:
+            self._stop(self.group, CriticError, str(error))
+
     def end_epoch(self, state: dict, group: EpochGroups, judged, rewards, valid, terms) -> None:
         """Ban, evaluate, log and save, as the config asks."""
         settings, epoch, step = self.config.train, group.epoch + 1, int(state["step"])
         statistics = group_statistics(rewards, group.group_ids, valid)
         if settings.ban_solved_prompts:
             self.groups.ban(group.prompt_indices[np.unique(group.group_ids[np.asarray(solved(statistics))])])
-        metrics = terms | judgement_metrics(judged, self.config.critic.score)
+        metrics = terms | judgement_metrics(judged, self.config.critic.score) | self.judging.metrics
         metrics |= {
             "reward/mean": mean_or_none(rewards),
             "reward/std": float(np.std(rewards[valid])) if valid.any() else None,
@@ -386,7 +383,8 @@ class Job:
             "throughput/mfu": model_flops_utilisation(self._flops(len(rewards)), seconds),
         }
         if epoch % self.config.eval.every == 0 or epoch == settings.epochs:
-            metrics |= self._evaluate(self._policy(state["ema"]), step=step, epoch=epoch)
+            with self._stopping():
+                metrics |= self._evaluate(self._policy(state["ema"]), step=step, epoch=epoch)
         self.run.log(step, epoch, metrics)
         self.run.safe_point(state, self._data(), step=step, epoch=epoch)
 

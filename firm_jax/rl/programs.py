@@ -21,6 +21,7 @@ from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
 from firm_jax.plan import Program
 from firm_jax.published import PIPELINES, published
 from firm_jax.rl.job import check_config, check_editing
+from firm_jax.rl.judging import is_remote
 from firm_jax.rl.rewards import resolve_reward
 from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw, shown_size
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, micro_batches
@@ -40,7 +41,7 @@ class RLPrograms:
         check_editing(config, resolve_reward(config.reward.name, config.reward.weights), self.generator.edits)
         for section in (config.rollout, config.eval):
             self.generator.latent_shape(section.height, section.width)
-        self.critic = AbstractCritic(config.critic, config.dtype, mesh)
+        self.critic = None if is_remote(config.critic) else AbstractCritic(config.critic, config.dtype, mesh)
         self.images = config.group.prompts_per_epoch * config.group.images_per_prompt
         lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
         self.optimizer, self.scale = make_optimizer(config.train), lora.scale
@@ -60,7 +61,7 @@ class RLPrograms:
             "generator": self.generator.params,
             "text encoders": text_parameters(self.generator),
             "autoencoder": self.generator.vae_params,
-            "critic": self.critic.params,
+            **({"critic": self.critic.params} if self.critic else {"critic (on a server)": ()}),
             "LoRA, averages, optimizer": self.state,
             "encoded prompts": [(made.conditioning, made.negative) for made in self.encoding.values()],
         }
@@ -73,15 +74,20 @@ class RLPrograms:
         draws, decodes = ({name: make(name, drawn[name]) for name in drawn} for make in (self._draw, self._decode))
         yield draws["rollout"]
         yield decodes["rollout"]
-        criteria = [RUBRICS[name] for name in resolve_reward(config.reward.name, config.reward.weights).criteria]
-        rollout, candidates = config.rollout, config.group.images_per_prompt
-        # Edits have one source each, square as where the generator's own programs are planned.
-        sources = [shown_size(SOURCE_SIDE, SOURCE_SIDE, rollout)] if self.generator.edits else ()
-        yield from self.critic.programs(self.images, (rollout.height, rollout.width), criteria, sources, candidates)
+        if self.critic:
+            yield from self._judging()
         yield self._update()
         yield draws["eval"]
         if decodes["eval"].arguments != decodes["rollout"].arguments:
             yield decodes["eval"]
+
+    def _judging(self) -> Iterator[Program]:
+        config, rollout = self.config, self.config.rollout
+        criteria = [RUBRICS[name] for name in resolve_reward(config.reward.name, config.reward.weights).criteria]
+        # Edits have one source each, square as where the generator's own programs are planned.
+        sources = [shown_size(SOURCE_SIDE, SOURCE_SIDE, rollout)] if self.generator.edits else ()
+        size, candidates = (rollout.height, rollout.width), config.group.images_per_prompt
+        return self.critic.programs(self.images, size, criteria, sources, candidates)
 
     def _draw(self, section: str, images: int) -> Program:
         generator, settings, encoded = self.generator, self.config[section], self.encoding[section]

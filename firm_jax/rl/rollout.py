@@ -46,25 +46,27 @@ def conditioner(generator: Generator, settings, every: Sequence[PromptRecord]) -
 
 
 def make_sampler(generator: Generator, settings, mesh, progress: Callable = iter) -> Callable:
-    """`sample(lora, conditioned, prompt [M], number [M], key) -> (latents [M, h, w, C], images [M, H, W, 3])`.
+    """`sample(lora, conditioned, prompt [M], number [M], key, drawn) -> (latents [M, h, w, C], images [M, H, W, 3])`.
 
     settings: steps, solver, guidance, height, width, batch_size (images that one call of the program draws).
     `conditioned` is what `generator.condition` returns for the prompts, and `prompt` each image's row in it; `number`,
     its number in the run, alone decides its noise. `lora` has its strength folded in. Host arrays: final latents as
-    the update wants them, images float32 in [0, 1], all NaN where latents or pixels are not finite.
+    the update wants them, images float32 in [0, 1], all NaN where latents or pixels are not finite. `drawn` is called
+    with the images of each batch as soon as they are there, in order.
     """
     draw = make_draw(generator, settings)
 
-    def sample(lora, conditioned, prompt, number, key):
+    def sample(lora, conditioned, prompt, number, key, drawn=lambda images: None):
         parts, (conditioning, negative) = [], conditioned
         size = drawn_together(len(number), settings.batch_size, batch_size(mesh))
         for chunk in progress(list(_chunks(len(number), size))):
             part = shard_batch((prompt[chunk], number[chunk]), mesh)
             latents = to_host(draw(generator.params, lora, conditioning, negative, *part, key))
-            parts.append((latents, generator.decode_on_host(latents)))
-        latents, images = (np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
-        images[~(_finite(latents) & _finite(images))] = np.nan
-        return latents, images
+            images = generator.decode_on_host(latents)
+            images[~(_finite(latents) & _finite(images))] = np.nan
+            parts.append((latents, images))
+            drawn(images[: len(number) - chunk[0]])
+        return tuple(np.concatenate(arrays)[: len(number)] for arrays in zip(*parts, strict=True))
 
     return sample
 
@@ -175,6 +177,19 @@ def judge(
     An image that is not finite is not shown to the critic: its judgement is missing, with the status
     "image_not_finite".
     """
+    shown, requests = questions(images, prompts, sources, criteria)
+    return merged(
+        shown, criteria, iter(critic.judge(requests, max_new_tokens=settings.max_new_tokens, progress=progress))
+    )
+
+
+def questions(
+    images: np.ndarray,
+    prompts: Sequence[PromptRecord],
+    sources: Sequence[Sequence[np.ndarray]],
+    criteria: Sequence[str],
+) -> tuple[np.ndarray, list[dict]]:
+    """Which of M images are shown to the critic [M], and what it is asked about them, as `judge` says."""
     shown = _finite(images)
     pictures = [
         ([*before, from_array(image)], p)
@@ -186,7 +201,11 @@ def judge(
         for criterion in criteria
         for pair, p in pictures
     ]
-    judgements = iter(critic.judge(requests, max_new_tokens=settings.max_new_tokens, progress=progress))
+    return shown, requests
+
+
+def merged(shown: np.ndarray, criteria: Sequence[str], judgements: Iterator[Judgement]) -> dict[str, list[Judgement]]:
+    """The answers to `questions`, taken from `judgements`, and the missing ones between them: criterion -> [M]."""
     return {
         criterion: [next(judgements) if ok else _no_image(RUBRICS[criterion]) for ok in shown] for criterion in criteria
     }
