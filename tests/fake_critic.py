@@ -83,7 +83,7 @@ class FakeCritic:
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._server.daemon_threads = True
         self._port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
         """Die: refuse connections, and break those that are there."""
@@ -200,12 +200,12 @@ class FakeCritic:
         return self.critic._judge({"criterion": axis, "prompt": text, "images": pictures})
 
     def _chat(self, request: dict) -> dict:
-        """A score around the expected one, in tokens of a character each, of whose digits the probabilities are told."""
+        """A score around the expected one, in tokens of a character each, with the probabilities of its digits."""
         *images, text = request["messages"][0]["content"]
         axis = "quality" if "Judge the visual quality" in text["text"] else "alignment"
         urls = [one["image_url"]["url"].removeprefix("data:image/png;base64,") for one in images]
         found = self._judgement(axis, text["text"], urls)
-        score = "[5, {}, 5]".format(found.score[1]) if axis == "quality" else str(found.score)
+        score = f"[5, {found.score[1]}, 5]" if axis == "quality" else str(found.score)
         answer = f'{{"score": {score}, "reasoning": "why"}}' if axis == "quality" else f"why \\boxed{{{score}}}"
         place = answer.index(", ") + 2 if axis == "quality" else answer.index("{") + 1
         content = [self._token(one, found.expected if at == place else None) for at, one in enumerate(answer)]
@@ -244,7 +244,7 @@ def fake(*given, **named) -> Iterator[FakeCritic]:
 
 
 def red(value: int, size: int = 8) -> np.ndarray:
-    """A picture of one red: its score follows from it."""
+    """A picture of one red, from which its score follows; no two values give the same one."""
     picture = np.zeros((size, size, 3), np.uint8)
-    picture[..., 0] = value
+    picture[..., 0], picture[..., 1] = value % 256, value // 256
     return picture

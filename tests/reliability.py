@@ -217,6 +217,37 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "Memory does not grow: 30 MB is what the test allows, over 60 requests.",
         ),
     },
+    "A critic on a server": {
+        "remote-down": Fault(
+            "The server cannot be reached, breaks connections, dies in an epoch",
+            "Another endpoint answers for it. One that fails three times in a row is left alone for longer and longer, "
+            "and then tried by one request. A restart within `critic.timeout` costs nothing; after that the judgements "
+            "are `unreachable`, and above `critic.max_failure_rate` the run stops, saved as it was before the epoch, "
+            "with endpoint, cause and remedy. The same command continues to the same bits. When no server is there at "
+            "the start, nothing is loaded and no folder is left.",
+        ),
+        "remote-hangs": Fault(
+            "The server is slow or hangs",
+            "Every try and every request has a deadline; the judgement is `timeout` and is not asked again, so that a "
+            "slow server gets no more to do. When none has answered for `critic.timeout`, what waits is given up.",
+        ),
+        "remote-overload": Fault(
+            "The server says 429, 502, 503 or 504, or has no room for an item",
+            "It is asked again after a random pause that grows, not before its `Retry-After`, at most "
+            "`critic.attempts` times; items alone, where only they had no room. No other status is asked again.",
+        ),
+        "remote-garbage": Fault(
+            "The reply is no answer: HTML, empty, cut short, huge, packed, other JSON; items missing, doubled, in "
+            "another order, or to another request; a score that is out of range, NaN or a text",
+            "Order does not matter, for answers go by the question's id. Anything else is a missing judgement "
+            "(`malformed_reply`, `rejected`, `server_error`), masked and counted; never a number.",
+        ),
+        "remote-identity": Fault(
+            "The server is restarted with other weights, rubrics or settings, or endpoints are not the same critic",
+            "The first reply that shows it stops the run, saved; what differs is named. A run is not continued with "
+            "another critic than it began with.",
+        ),
+    },
 }
 
 

@@ -21,11 +21,12 @@ from critic_miniature import REQUESTS, write_miniature
 from service_harness import NAME, TOKENS, b64, png, serving
 from tokenizers import Tokenizer
 
-from firm_jax import Critic
+from firm_jax import Critic, RemoteCritic
 from firm_jax.critic import decode
 from firm_jax.critic.prefixes import plan_batches
 from firm_jax.data.images import decode_image
 from firm_jax.data.patches import patch_image
+from firm_jax.interop.hub import resolve
 from firm_jax.mesh import make_mesh
 from firm_jax.service.fixed import FixedDecoder, Shape
 from firm_jax.shapes.render import render, to_pil
@@ -64,6 +65,24 @@ def items(asked, axes=("alignment", "quality")) -> list[dict]:
 @pytest.fixture(scope="module")
 def answers(served, asked):
     return served.score(*items(asked)).json()["items"]
+
+
+@pytest.mark.parametrize("protocol", ["firm", "openai"])
+def test_a_remote_critic_judges_as_the_one_in_this_process(served, critic, asked, protocol):
+    requests = [
+        {"images": [decode_image(image, "")], "prompt": text, "criterion": axis}
+        for text, image in asked
+        for axis in ("alignment", "quality")
+    ]
+    rubrics = resolve("embedded:critic_gen") / "rubrics"
+    remote = RemoteCritic([served.url], protocol=protocol, model=NAME, rubrics=rubrics, expected=True)
+    found = remote.judge(requests, max_new_tokens=TOKENS)
+    for ours, theirs in zip(found, critic.judge(requests, max_new_tokens=TOKENS), strict=True):
+        for name in ("criterion", "score", "text", "status", "reason", "rubric"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        for name in ("expected", "entropy", "probabilities"):
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=1e-4), name
+    remote.close()
 
 
 def test_an_answer_is_the_critics_own_judgement(critic, asked, answers):

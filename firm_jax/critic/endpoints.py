@@ -99,11 +99,11 @@ class Endpoints:
         """What `send(endpoint)` returns, which may raise Failed and Again. Raises Failed when all tries are spent."""
         policy, tries = self.policy, 0
         last: Failed | None = None
-        unanswered: Endpoint | None = None
+        failed_at: set[Endpoint] = set()
 
         async def attempt() -> T:
-            nonlocal tries, last, unanswered
-            endpoint = await self._choose(among or self.all)
+            nonlocal tries, last
+            endpoint = await self._choose(among or self.all, failed_at)
             tries += 1
             self.retries += tries > 1
             endpoint.in_flight += 1
@@ -113,9 +113,7 @@ class Endpoints:
                 return await send(endpoint)
             except Failed as failed:
                 endpoint.problem, last = str(failed), failed
-                raise
-            except asyncio.CancelledError:
-                unanswered = endpoint
+                failed_at.add(endpoint)
                 raise
             finally:
                 endpoint.in_flight -= 1
@@ -131,12 +129,9 @@ class Endpoints:
             async with asyncio.timeout(policy.timeout):
                 return await retrying(attempt)
         except TimeoutError as error:
-            if unanswered is not None:
-                self._note_failure(unanswered)
-                unanswered.problem = f"{unanswered.url} has not answered within {policy.timeout:g} s"
-                raise Failed(TIMEOUT, unanswered.problem) from error
-            status, said = (last.status, f"; the last: {last}") if last else (UNREACHABLE, "")
-            raise Failed(status, f"no answer within {policy.timeout:g} s, in {tries} tries{said}") from error
+            status, said = (last.status, f"; the last: {last}") if last else (TIMEOUT, "")
+            where = ", ".join(one.url for one in among or self.all)
+            raise Failed(status, f"{where}: no answer within {policy.timeout:g} s, in {tries} tries{said}") from error
 
     async def exchange(
         self, endpoint: Endpoint, method: str, path: str, content: bytes | None = None, request_id: str = ""
@@ -156,6 +151,9 @@ class Endpoints:
         except TimeoutError as error:
             self._note_failure(endpoint)
             raise Failed(TIMEOUT, f"{endpoint.url} has not answered within {seconds:g} s") from error
+        except asyncio.CancelledError:  # the deadline of all tries, or the end of the run
+            self._note_failure(endpoint)
+            raise
         except httpx.TransportError as error:
             self._note_failure(endpoint)
             cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -194,8 +192,8 @@ class Endpoints:
         if self._down_since is None and all(one.failures >= TOLERATED for one in self.all):
             self._down_since = _now()
 
-    async def _choose(self, among: Sequence[Endpoint]) -> Endpoint:
-        """The endpoint to ask next, when one is free: the healthiest, then the least busy.
+    async def _choose(self, among: Sequence[Endpoint], failed_at: set[Endpoint]) -> Endpoint:
+        """The endpoint to ask next, when one is free: one at which this request has not failed, then the least busy.
 
         One that has rested is tried by one request alone. Raises Failed when none has answered for too long.
         """
@@ -203,7 +201,7 @@ class Endpoints:
             now = _now()
             free = [one for one in among if one.free_at <= now and not (one.failures >= TOLERATED and one.probing)]
             if free:
-                return min(free, key=lambda one: (one.failures, one.in_flight))
+                return min(free, key=lambda one: (one in failed_at, one.in_flight))
             if self._down_since is not None and now - self._down_since > self.policy.timeout:
                 self._give_up(among, now)
             pause = min(max(min(one.free_at for one in among) - now, 0.01), LOOK_SECONDS)

@@ -52,7 +52,7 @@ class FirmProtocol:
 
     def _check_rubrics(self, server: Identity) -> None:
         for name, rubric in (self.rubrics or {}).items():
-            if server.rubrics.get(name) != rubric.sha256:
+            if server.rubrics.get(name, rubric.sha256) != rubric.sha256:
                 raise ConfigError(
                     f"it does not judge {name} by the rubric of critic.rubrics: serve that folder with --rubrics, or "
                     "leave critic.rubrics out"
