@@ -5,6 +5,7 @@ Its scores are those of `ScriptedCritic`, read from the pictures that were sent.
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,14 +21,16 @@ import numpy as np
 from PIL import Image
 from scripted import ScriptedCritic
 
+from firm_jax.critic.endpoints import Policy
+from firm_jax.critic.remote import RemoteCritic
+
 RUBRIC = "a1b2"  # as in the judgements of `ScriptedCritic`
-AXES = ("alignment", "quality", "edit_execution", "edit_consistency")
 IDENTITY = {
     "model": "critic",
     "weights_sha256": "w" * 64,
     "template_sha256": "t" * 64,
     "preprocess_sha256": "p" * 64,
-    "rubrics": dict.fromkeys(AXES, RUBRIC),
+    "rubrics": dict.fromkeys(("alignment", "quality", "edit_execution", "edit_consistency"), RUBRIC),
     "dtype": "bfloat16",
     "engine": "fake",
     "mode": "parity+E",
@@ -248,3 +251,45 @@ def red(value: int, size: int = 8) -> np.ndarray:
     picture = np.zeros((size, size, 3), np.uint8)
     picture[..., 0], picture[..., 1] = value % 256, value // 256
     return picture
+
+
+def closed_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+# A client of it
+
+QUICK = Policy(concurrency=4, connect_timeout=2, try_timeout=30, timeout=60, attempts=3, backoff=0.01, rest=0.02)
+AXES = ("alignment", "quality")
+
+
+def requests(count: int = 4, first: int = 0) -> list[dict]:
+    """Two criteria of `count` pictures, no two alike."""
+    return [
+        {"images": [red(first + 10 * number)], "prompt": "a red circle", "criterion": axis}
+        for axis in AXES
+        for number in range(count)
+    ]
+
+
+def expected(asked: list[dict]):
+    return [ScriptedCritic()._judge(one) for one in asked]
+
+
+def critic(*servers, **changed) -> RemoteCritic:
+    policy = dataclasses.replace(QUICK, **{name: changed.pop(name) for name in list(changed) if hasattr(QUICK, name)})
+    return RemoteCritic([getattr(one, "url", one) for one in servers], policy=policy, **changed)
+
+
+def patient(asking: RemoteCritic, **changed) -> RemoteCritic:
+    """The same critic with other patience: it has greeted the server with that of QUICK."""
+    asking.endpoints.policy = dataclasses.replace(asking.policy, **changed)
+    return asking
+
+
+def statuses(judgements) -> set[str]:
+    for one in judgements:
+        assert (one.status == "ok") == (one.score is not None) == (one.expected is not None)
+    return {one.status for one in judgements}

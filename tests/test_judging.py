@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from fake_critic import IDENTITY, Play, fake
+from fake_critic import IDENTITY, Play, closed_port, critic, expected, fake, requests
 from ml_collections import ConfigDict
 from scripted import FlatGenerator, ScriptedCritic
-from test_remote_critic import closed_port, critic, expected, requests
 from test_rollout import KEY, NUMBERS, PROMPTS, ROWS, SETTINGS, ZERO
 
 from firm_jax.config import load_config

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 __all__ = ["world"]
 
 BATCHES = {"rollout__batch_size": 2, "train__epochs": 2}  # three batches an epoch
-PATIENCE = {"try_timeout": 5.0, "timeout": 1.0, "attempts": 2, "connect_timeout": 2.0}
+PATIENCE = {"try_timeout": 30.0, "timeout": 60.0, "attempts": 2}
 ASKED_EACH_EPOCH = 3  # requests: one for each batch
 
 
 def judged_by(world, server, backend="firm", **changed):
-    given = {"backend": backend, "endpoints": (server.url,), "model": "critic"} | PATIENCE | {"try_timeout": 1.0}
+    given = {"backend": backend, "endpoints": (server.url,), "model": "critic"} | PATIENCE
     return config_for(world, **BATCHES | {f"critic__{name}": value for name, value in given.items()} | changed)
 
 

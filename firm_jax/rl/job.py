@@ -37,6 +37,7 @@ from firm_jax.rl.judging import (
     check_critic,
     check_of_prompts,
     connect,
+    critic_name,
     is_remote,
     judging_of,
     too_many_failures,
@@ -237,7 +238,7 @@ class Job:
 
     def _load(self) -> None:
         config, mesh = self.config, self.mesh
-        self.run.say(f"loading {config.model} and {config.critic.model}")
+        self.run.say(f"loading {config.model} and {critic_name(config.critic)}")
         self.generator = Generator.from_pretrained(
             self.folders["model"], dtype=config.dtype, mesh=mesh, quantize=config.quantize
         )

@@ -35,6 +35,11 @@ def is_remote(settings) -> bool:
     return settings.backend != LOCAL
 
 
+def critic_name(settings) -> str:
+    """What a run says of its critic when it loads it."""
+    return f"asking {settings.model} at {', '.join(settings.endpoints)}" if is_remote(settings) else settings.model
+
+
 def check_critic(settings) -> None:
     """ConfigError for a `config.critic` whose settings of a remote critic are missing, in vain or out of range."""
     if not is_remote(settings):
