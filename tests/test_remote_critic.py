@@ -38,8 +38,10 @@ def test_an_openai_server_gets_the_rubric_and_its_answers_are_read_here():
             assert sum(ours.probabilities) == pytest.approx(1)
         _canary, *chats = server.requests
         assert {(one["temperature"], one["max_tokens"], one["top_logprobs"]) for one in chats} == {(0, 77, 20)}
-        *images, text = chats[0]["messages"][0]["content"]
-        assert [part["type"] for part in images] == ["image_url"] and "a red circle" in text["text"]
+        shown = [[part["type"] for part in one["messages"][0]["content"]] for one in chats]
+        assert shown == [["image_url", "text"]] * 10  # images first
+        texts = [one["messages"][0]["content"][-1]["text"] for one in chats]
+        assert sum("a red circle" in text for text in texts) == 5  # quality is judged without it
 
 
 def test_without_logprobs_there_is_a_score_and_no_expected_one():
