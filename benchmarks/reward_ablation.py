@@ -39,6 +39,8 @@ TASKS = {
     "editing": Task(
         "configs/edit_cme.py:tiny",
         {
+            # The paper's sums, and one in which the untouched source is far ahead of what the editor does at first.
+            "0.2 execution + 0.8 consistency": ("weighted_sum", {"execution": 0.2, "consistency": 0.8}),
             "0.5 execution + 0.5 consistency": ("weighted_sum", {"execution": 0.5, "consistency": 0.5}),
             "0.6 execution + 0.4 consistency": ("weighted_sum", {"execution": 0.6, "consistency": 0.4}),
             "execution alone": ("execution_only", {}),
@@ -126,7 +128,7 @@ def figure(task: Task, runs: Mapping[str, Sequence[Mapping]]) -> str:
         panels.append(svg.replace("<svg ", place_at, 1))
     legend = []
     for place, (reward, colour) in enumerate(zip(runs, COLOURS, strict=False)):
-        left, down = 60 + place * 260, top + height + 18
+        left, down = 60 + place * (width * len(task.metrics) // len(runs)), top + height + 18
         legend.append(f'<circle cx="{left}" cy="{down - 4}" r="5" fill="{colour}"/>')
         legend.append(f'<text class="head" x="{left + 10}" y="{down}">{reward}</text>')
     total = width * len(task.metrics), top + height + 34

@@ -87,7 +87,7 @@ def test_what_is_finished_is_told_and_what_is_not_is_run(tmp_path, arguments, mo
 def test_a_run_that_fails_ends_the_ablation_with_its_code(arguments, monkeypatch, capsys):
     monkeypatch.setattr(reward_ablation.subprocess, "run", lambda line, cwd: subprocess.CompletedProcess(line, 75))
     assert main(arguments) == 75
-    assert "0.5 execution + 0.5 consistency: main.py ended with 75; start again" in capsys.readouterr().err
+    assert f"{EVERY_RUN[0][1]}: main.py ended with 75; start again" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_kind_of_run_is_named(tmp_path, arguments, capsys):
