@@ -125,8 +125,11 @@ def test_a_screenshot_shows_the_pictures_where_they_belong(phone, report):
     for place in (0, len(by_name) // 2):
         card = phone.locator("article").nth(place)
         card.scroll_into_view_if_needed()
-        boxes = card.evaluate(
-            "card => { card.scrollIntoView(); return [...card.querySelectorAll('img')].map(image => {"
+        boxes = card.evaluate(  # when all that has come into view is laid out and painted
+            "async card => { card.scrollIntoView(); const images = [...card.querySelectorAll('img')];"
+            "  await Promise.all(images.map(image => image.decode()));"
+            "  for (const _ of [1, 2, 3]) await new Promise(requestAnimationFrame); card.scrollIntoView();"
+            "  return images.map(image => {"
             "  const box = image.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom] }) }"
         )
         picture = np.asarray(Image.open(io.BytesIO(phone.screenshot())).convert("RGB"), int)
