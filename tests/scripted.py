@@ -62,7 +62,7 @@ class ScriptedCritic:
         self.pictures.append(np.asarray(picture))
         self.sources.append([np.asarray(source) for source in sources])
         if self.fails(request):
-            return judgement(criterion, None, status="no score")
+            return judgement(criterion, None, status="no_score")
         expected = 3 + 2 * np.sin(np.asarray(picture, float)[..., 0].mean() / 4)
         if self.perfect(request["prompt"]):
             expected = 5.0

@@ -104,7 +104,7 @@ def test_some_judged_pictures_are_kept_as_the_critic_saw_them(tmp_path):
         instruction, quality = record["judgements"]
         assert (instruction["criterion"], quality["criterion"]) == ("instruction", "quality")
         if record["image"] % 2:
-            assert instruction["status"] == "no score" and instruction["value"] is None and record["reward"] is None
+            assert instruction["status"] == "no_score" and instruction["value"] is None and record["reward"] is None
         else:
             assert instruction["value"] == (instruction["score"] - 1) / 4 and quality["score"][0] == 5
         assert instruction["oracle"] is None
