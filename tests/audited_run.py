@@ -27,7 +27,7 @@ def a_judgement(criterion: str, score, expected=None, entropy=None, oracle=None,
         "score": score,
         "expected": expected,
         "entropy": entropy,
-        "status": "ok" if score is not None else "no score",
+        "status": "ok" if score is not None else "no_score",
         "reason": f"the {criterion} is {score}" if score is not None else "",
         "text": f'{{"score": {score}}}' if score is not None else "I would rather not say",
         "rubric": "0" * 64,
@@ -69,7 +69,7 @@ def write_run(workdir: Path, *, oracle: bool = True, size: int = 64) -> list[dic
         line = {"step": 5 * epoch, "epoch": epoch, "time": 1e9 + epoch, "time/wall": 1.0, "time/critic": 0.5}
         if epoch:
             line |= {"reward/mean": 0.3 + epoch / 10, "reward/execution": 0.4, "policy/kl": 0.01 * epoch}
-            line |= {"policy/old_deviation": 0.001, "critic/failure_rate": 0.1, "critic/status/no score": 2}
+            line |= {"policy/old_deviation": 0.001, "critic/failure_rate": 0.1, "critic/status/no_score": 2}
         if epoch in EVALUATED:
             line |= {"eval/reward": 0.3 + epoch / 9, "eval/oracle_edit": 0.5, "eval/oracle_edit_se": 0.0123}
             image_grid(np.full((4, 16, 16, 3), 0.5), ["x"] * 4, 4, workdir / "images" / f"eval_{epoch:05d}.png")

@@ -118,7 +118,7 @@ def test_the_page_shows_every_card_in_order_and_harms_nobody(tmp_path):
         for judgement in record["judgements"]:
             assert re.search(rf'<th scope="row">{judgement["criterion"]}</th>', article)
         if gallery.has_failed(record):
-            assert "no score</span>, the answer as it came" in article and "I would rather not say" in article
+            assert "no_score</span>, the answer as it came" in article and "I would rather not say" in article
     assert page.count("<script>") == 1 and "<img src=x" not in page and "I see &lt;/script&gt;" in page
     assert "which reads the truth" in page and "This run has no oracle" not in page
     assert re.search(r"epoch 0 and that of epoch 4", page)

@@ -120,20 +120,20 @@ def test_scores_are_on_a_scale_of_one_and_the_lowest_sub_score_counts():
 @pytest.mark.fault("missing-reward")
 def test_metrics_count_what_is_missing_and_average_the_rest():
     judged = {
-        "instruction": [judgement("alignment", 5, 4.0, 0.2), judgement("alignment", None, status="no score")],
+        "instruction": [judgement("alignment", 5, 4.0, 0.2), judgement("alignment", None, status="no_score")],
         "quality": [judgement("quality", (3, 3, 3), None, 0.6), judgement("quality", (1, 5, 5), 2.0, None)],
     }
     parsed, expected = (judgement_metrics(judged, kind) for kind in ("parsed", "expected"))
     assert parsed == {
         "critic/failure_rate": 0.25,
-        "critic/status/no score": 1,
+        "critic/status/no_score": 1,
         "critic/entropy": pytest.approx(0.4),
         "reward/instruction": 1.0,
         "reward/quality": 0.25,
     }
     # A score whose digit's probabilities are unknown is no expected score.
     assert expected["critic/failure_rate"] == 0.5
-    assert expected["critic/status/no score"] == 1 and expected["critic/status/no_expected_score"] == 1
+    assert expected["critic/status/no_score"] == 1 and expected["critic/status/no_expected_score"] == 1
     assert expected["reward/instruction"] == 0.75 and expected["reward/quality"] == 0.25
 
 

@@ -311,7 +311,7 @@ def test_another_config_in_the_same_folder_is_refused_before_anything_is_loaded(
 @pytest.mark.fault("silent-critic")
 def test_a_critic_that_never_answers_stops_the_run_and_loses_nothing(world, tmp_path):
     config = config_for(world, train__epochs=1)
-    with pytest.raises(CriticError, match=r"epoch 1: 100% .*no score: 12.*max_failure_rate = 0.2.*saved in"):
+    with pytest.raises(CriticError, match=r"epoch 1: 100% .*no_score: 12.*max_failure_rate = 0.2.*saved in"):
         run(config, tmp_path, ScriptedCritic(fails=lambda request: True))
     assert [record["text"] for record in lines(tmp_path / "judgements.jsonl")] == ["I do not know"] * 12
     assert (tmp_path / "report.html").exists() and last_state(tmp_path)["step"] == 0
@@ -449,7 +449,7 @@ def test_a_prompt_whose_judgements_all_fail_is_left_out(world, tmp_path):
     assert sorted(drawn) == [False, True]  # the two epochs go once through the four prompts
     for line, hit in zip(epochs, drawn, strict=True):
         assert line["reward/missing"] == 3 * hit and line["reward/missing_groups"] == hit
-        assert line["critic/failure_rate"] == 0.5 * hit and line.get("critic/status/no score", 0) == 6 * hit
+        assert line["critic/failure_rate"] == 0.5 * hit and line.get("critic/status/no_score", 0) == 6 * hit
         assert line["reward/mean"] > 0 and line["loss/total"] > 0 and line["update/skipped"] == 0
 
 
