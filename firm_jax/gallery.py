@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from firm_jax.errors import WorkdirError
+from firm_jax import storage
 
 FOLDER = "judged"  # within a run's images/
 BY_CHANCE, THE_SAME, FAILED = "by chance", "the same each time", "failed judgement"
@@ -100,20 +100,13 @@ def write(folder: Path, picture: Image.Image, sources: Sequence[Image.Image], re
     info = PngInfo()
     info.add_text(_KEY, json.dumps(record))
     stem = f"{record['set']}_{record['epoch']:05d}_{record['image']:05d}"
-    path = folder / f"{stem}.png"
-    try:
+    with storage.writing(folder):
         folder.mkdir(exist_ok=True)
-        for number, source in enumerate(sources, 1):
-            path = folder / f"{stem}.source{number}.png"
+    for number, source in enumerate(sources, 1):
+        with storage.writing_whole(path := folder / f"{stem}.source{number}.png"):
             source.save(path)
-        path = folder / f"{stem}.png"
+    with storage.writing_whole(path := folder / f"{stem}.png"):
         picture.save(path, pnginfo=info)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise WorkdirError(
-            f"cannot write {path}: {error}. Free some space and start the same command again: the run continues "
-            f"from its last checkpoint."
-        ) from error
     return path.name
 
 

@@ -46,7 +46,7 @@ class JsonLines:
     def append(self, record: dict[str, Any]) -> None:
         """Write one record and hand it to the operating system. Values that are not finite become null."""
         line = json.dumps(_json_value(record), ensure_ascii=False, allow_nan=False) + "\n"
-        with self._writing():
+        with storage.writing(self.path):
             # A lone surrogate in a prompt becomes its JSON escape.
             self._file.write(line.encode(errors="backslashreplace"))
             self._file.flush()
@@ -65,13 +65,13 @@ class JsonLines:
 
     def sync(self) -> None:
         """Force everything to the disk: a checkpoint must not count on a line that a crash can take."""
-        with self._writing():
+        with storage.writing(self.path):
             os.fsync(self._file.fileno())
             storage.sync(self.path.parent)
 
     def rewind(self, length: int) -> None:
         """Drop what lies beyond `length` bytes: records of a stretch that the resumed run does again."""
-        with self._writing():
+        with storage.writing(self.path):
             self._file.truncate(min(length, self.path.stat().st_size))
             self._file.seek(0, os.SEEK_END)
 
@@ -79,16 +79,6 @@ class JsonLines:
         # Every record was handed over when it was written; the rest of one that failed fails again.
         with contextlib.suppress(OSError):
             self._file.close()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise WorkdirError(
-                f"cannot write to {self.path}: {error}. Free some space and start the same command again: "
-                f"it continues from what is saved."
-            ) from error
 
 
 class EventFile:

@@ -327,18 +327,10 @@ class Run:
         path = self.images_folder / f"{tag.replace('/', '-')}_{epoch:05d}.png"
         if self.is_main:
             with storage.limited(f"writing {path}"):
-                self._metrics.image(tag, self._write_grid(path, images, captions, columns), step)
+                with storage.writing_whole(path):
+                    grid = image_grid(images, captions, columns, path)
+                self._metrics.image(tag, grid, step)
         return path
-
-    def _write_grid(self, path: Path, images: Any, captions: Sequence[str], columns: int) -> np.ndarray:
-        try:
-            return image_grid(images, captions, columns, path)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise WorkdirError(
-                f"cannot write {path}: {error}. Free some space and start the same command again: the run continues "
-                f"from its last checkpoint."
-            ) from error
 
     def judgements(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records, one a judged image, to `judgements.jsonl`."""

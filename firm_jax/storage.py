@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from firm_jax.errors import WorkdirError
+
 # Storage that takes longer than this for one save, or for one line, is taken to hang.
 TIMEOUT_SECONDS = 1200
 
@@ -41,6 +43,29 @@ def replace(path: Path, text: str) -> None:
     except OSError:
         staging.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """WorkdirError where the disk does not take what a block writes to a file of a run."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write to {path}: {error}. Free some space and start the same command again: it continues from "
+            "what is saved."
+        ) from error
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path) -> Iterator[None]:
+    """As `writing`, for a file that is of no use when only a part of it is there."""
+    with writing(path):
+        try:
+            yield
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

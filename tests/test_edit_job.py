@@ -19,7 +19,7 @@ from firm_jax.errors import ConfigError, DataError
 from firm_jax.generation import generator as generators
 from firm_jax.generation.sd3 import SD3Generator
 from firm_jax.mesh import make_mesh
-from firm_jax.rl import job, train
+from firm_jax.rl import checks, job, train
 from firm_jax.rl.programs import RLPrograms
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +231,6 @@ def test_a_plan_tells_it_too():
 @pytest.mark.parametrize("variant", ["", ":code", ":tiny"])
 def test_the_recipes_differ_in_nothing_but_what_only_editing_has(variant):
     edit, drawn = (load_config(f"{source}{variant}") for source in (CONFIGS["edit_cme"], CONFIGS["gen_qma"]))
-    assert set(all_keys(edit)) - set(all_keys(drawn)) == set(job.EDITING)
+    assert set(all_keys(edit)) - set(all_keys(drawn)) == set(checks.EDITING)
     assert not set(all_keys(drawn)) - set(all_keys(edit))
-    job.check_config(edit)
+    checks.check_config(edit)

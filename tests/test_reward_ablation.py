@@ -13,7 +13,7 @@ from benchmarks import reward_ablation
 from benchmarks.reward_ablation import TASKS, command, folder_of, main
 from firm_jax.charts import COLOURS
 from firm_jax.config import parse_flags
-from firm_jax.rl.job import check_config
+from firm_jax.rl.checks import check_config
 from firm_jax.rl.rewards import resolve_reward
 
 CME = "CME, 0.4 + 0.6"

@@ -18,23 +18,19 @@ from firm_jax.data.groups import EpochGroups, PromptGroups
 from firm_jax.data.prompts import PromptSplits, load_prompts
 from firm_jax.data.records import write_quarantine
 from firm_jax.embedded import embedded_path
-from firm_jax.errors import ConfigError, CriticError, DataError, FirmError, NonFiniteError, WeightsError
+from firm_jax.errors import CriticError, DataError, FirmError, NonFiniteError, WeightsError
 from firm_jax.gallery import is_due
 from firm_jax.generation import Generator, check_size
 from firm_jax.generation.generator import pipeline_class, read_model_index
-from firm_jax.generation.solvers import SOLVERS
 from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import to_host
-from firm_jax.models.layers import REMAT_POLICIES
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
-from firm_jax.models.quantize import check_scheme
 from firm_jax.profiling import model_flops_utilisation
-from firm_jax.rl.advantages import ADVANTAGE_MODES, group_statistics, mean_group_std, solved, zero_std_ratio
+from firm_jax.rl.advantages import group_statistics, mean_group_std, solved, zero_std_ratio
 from firm_jax.rl.audit import keep
+from firm_jax.rl.checks import check_editing
 from firm_jax.rl.evaluate import Evaluator
 from firm_jax.rl.judging import (
-    BACKENDS,
-    check_critic,
     check_of_prompts,
     connect,
     critic_name,
@@ -43,10 +39,8 @@ from firm_jax.rl.judging import (
     too_many_failures,
 )
 from firm_jax.rl.nft import old_policy_decay
-from firm_jax.rl.rewards import Reward, resolve_reward
+from firm_jax.rl.rewards import resolve_reward
 from firm_jax.rl.rollout import (
-    OF_EDITS,
-    RUBRICS,
     conditioner,
     drawing_flops,
     judgement_metrics,
@@ -56,95 +50,12 @@ from firm_jax.rl.rollout import (
     shown_sources,
     write_judgements,
 )
-from firm_jax.rl.start import check_init, read_start
+from firm_jax.rl.start import read_start
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, optimizer_batches
 from firm_jax.run import Run
 
 # What a random key is for; each purpose has its own stream below the run's one root key.
 LORA, EVALUATION, ROLLOUT, UPDATE = range(4)
-
-
-# Numbers that a run cannot do without.
-POSITIVE = (
-    "group.prompts_per_epoch lora.rank rollout.steps rollout.batch_size critic.batch_size critic.max_new_tokens "
-    "train.micro_batch train.learning_rate train.beta train.adv_clip train.max_grad_norm "
-    "eval.every eval.prompts eval.images_per_prompt eval.steps eval.batch_size"
-).split()
-
-# What only a config of an editing job has.
-EDITING = (
-    "prompts.image_folder "
-    "rollout.source_area rollout.condition_area rollout.crop_sources "
-    "eval.source_area eval.condition_area eval.crop_sources"
-).split()
-
-
-def check_config(config) -> None:
-    """ConfigError for values that would fail, or silently do nothing, only after minutes of loading."""
-    train, group = config.train, config.group
-    for name in POSITIVE:
-        section, key = name.split(".")
-        if not config[section][key] > 0:
-            raise ConfigError(f"{name} is {config[section][key]}; it is above 0")
-    if not 0 <= config.critic.max_failure_rate <= 1:
-        raise ConfigError(f"critic.max_failure_rate is {config.critic.max_failure_rate}; it is a share, 0 to 1")
-    reward = resolve_reward(config.reward.name, config.reward.weights)
-    if unknown := sorted(set(reward.criteria) - set(RUBRICS)):
-        raise ConfigError(
-            f"reward.name {reward.name!r} needs {', '.join(unknown)}, which no rubric here asks for; the critic judges "
-            f"{', '.join(RUBRICS)}"
-        )
-    old_policy_decay(0, train.decay_type)
-    check_scheme(config.quantize)
-    check_init(config.lora.init)
-    if group.images_per_prompt < 2:
-        raise ConfigError(
-            f"group.images_per_prompt is {group.images_per_prompt}: an advantage is a reward against the mean of its "
-            "group, always zero with one image. Set it to 2 or more."
-        )
-    if not 1 <= train.timesteps <= config.rollout.steps:
-        raise ConfigError(f"train.timesteps is {train.timesteps}; it is 1 to rollout.steps = {config.rollout.steps}")
-    if not 1 <= train.updates_per_epoch <= group.prompts_per_epoch * group.images_per_prompt:
-        raise ConfigError(f"train.updates_per_epoch is {train.updates_per_epoch}: more updates than images, or none")
-    for name, value, known in (
-        ("rollout.solver", config.rollout.solver, SOLVERS),
-        ("eval.solver", config.eval.solver, SOLVERS),
-        ("train.adv_mode", train.adv_mode, ADVANTAGE_MODES),
-        ("train.remat", train.remat, REMAT_POLICIES),
-        ("critic.score", config.critic.score, ("parsed", "expected")),
-        ("critic.backend", config.critic.backend, BACKENDS),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name} is {value!r}; it is one of: {', '.join(known)}")
-    check_critic(config.critic)
-
-
-def check_editing(config, reward: Reward, edits: bool) -> None:
-    """ConfigError when the reward or the config is for editing and the pipeline is not, or the other way round."""
-    unfit = [criterion for criterion in reward.criteria if (criterion in OF_EDITS) != edits]
-    if unfit and edits:
-        raise ConfigError(
-            f"reward.name {reward.name!r} asks for {', '.join(unfit)} of pictures drawn from text alone, and "
-            f"{config.model} edits source images. Set reward.name to cme, as configs/edit_cme.py does, or model to a "
-            "text-to-image pipeline."
-        )
-    if unfit:
-        raise ConfigError(
-            f"reward.name {reward.name!r} asks for {', '.join(unfit)}, which compare a picture with its source image, "
-            f"and {config.model} draws from text alone. Set reward.name to qma, or model to an editing pipeline, as "
-            "configs/edit_cme.py does."
-        )
-    if not edits:
-        return
-    if missing := [name for name in EDITING if name.split(".")[1] not in config[name.split(".")[0]]]:
-        raise ConfigError(
-            f"{config.model} edits source images, and the config has no {', '.join(missing)}. Start from "
-            "configs/edit_cme.py."
-        )
-    for name in EDITING:
-        section, key = name.split(".")
-        if key.endswith("_area") and not config[section][key] > 0:
-            raise ConfigError(f"{name} is {config[section][key]}; it is a number of pixels, above 0")
 
 
 def find_weights(names: Mapping[str, str]) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from firm_jax.mesh import batch_size
 from firm_jax.models.lora import LoraConfig, init_lora, lora_shardings, scaled
 from firm_jax.plan import Program
 from firm_jax.published import PIPELINES, published
-from firm_jax.rl.job import check_config, check_editing
+from firm_jax.rl.checks import check_config, check_editing
 from firm_jax.rl.judging import is_remote
 from firm_jax.rl.rewards import resolve_reward
 from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw, shown_size

@@ -4,7 +4,8 @@ import jax
 
 from firm_jax.mesh import make_mesh
 from firm_jax.rl.advantages import advantage_to_r, advantages
-from firm_jax.rl.job import Job, check_config
+from firm_jax.rl.checks import check_config
+from firm_jax.rl.job import Job
 from firm_jax.rl.nft import mix, old_policy_decay
 from firm_jax.run import Run
 
