@@ -173,7 +173,7 @@ def qwen_generator() -> ConfigDict:
     config = edit_generator()
     config.pipeline = "QwenImagePipeline"
     config.train.faults = {"wrong": 0.15}
-    config.samples, config.vae = 2048, "embedded:qwen_image/vae"
+    config.samples = 2048
     config.text.update({"hidden_size": 64, "intermediate_size": 128})
     config.text.rope_parameters.mrope_section = (3, 3, 2)
     config.transformer.update({"num_attention_heads": 2, "num_layers": 4})

@@ -46,7 +46,7 @@ def editing(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, compiled_once):
+def world(tmp_path_factory):
     """A folder with a model, four pictures and edits of them: two of one picture, two of one text."""
     folder = tmp_path_factory.mktemp("world")
     tiny_generator(t5=False, num_layers=2, dual_attention_layers=()).save_pretrained(folder / "model")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, compiled_once):
+def world(tmp_path_factory):
     """A folder with the models, three pictures of two sizes, and edits of one and of two of them."""
     folder = tmp_path_factory.mktemp("world")
     tiny_qwen_image(folder / "model")

@@ -73,7 +73,7 @@ GIVEN = {"draw": "generator", "update": "generator", "encode_images": "visual"} 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, compiled_once):
+def world(tmp_path_factory):
     """The folder of the models; compiling is what takes time here, so the machine code is left as it comes."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield mesh_job.write_world(tmp_path_factory.mktemp("world"))

@@ -31,7 +31,7 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, compiled_once):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     tiny_generator(t5=False).save_pretrained(folder)
     return folder

@@ -65,7 +65,7 @@ def arguments(source: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def scored(world, critic, tmp_path_factory, compiled_once):
+def scored(world, critic, tmp_path_factory):
     """A whole scoring of the list: its file, and what was printed."""
     out = tmp_path_factory.mktemp("scored") / "scores.jsonl"
     with pytest.MonkeyPatch.context() as patch:

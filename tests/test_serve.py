@@ -44,7 +44,7 @@ def critic():
 
 
 @pytest.fixture(scope="module")
-def served(critic, compiled_once):
+def served(critic):
     """Nothing is remembered, so that every answer is the critic's."""
     with serving(critic, remembered=0, pixels=500_000) as served:
         yield served

@@ -44,6 +44,28 @@ def test_diffusers_draws_the_same_pictures(guidance):
     assert np.abs(ours - theirs).max() <= 1e-3
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_diffusers_draws_the_same_pictures_with_qwen_image(guidance):
+    folder = embedded_path("embedded:qwen_image")
+    noise = np.random.default_rng(0).normal(size=(len(PROMPTS), 16, 8, 8)).astype(np.float32)
+    pipeline = diffusers.QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompt=PROMPTS,
+        negative_prompt=[" "] * len(PROMPTS) if guidance > 1 else None,
+        true_cfg_scale=guidance,
+        num_inference_steps=6,
+        height=64,
+        width=64,
+        latents=packed(noise),
+        output_type="np",
+    ).images
+    generator = Generator.from_pretrained(folder, dtype="float32")
+    ours = generator.sample(PROMPTS, steps=6, guidance=guidance, noise=noise, height=64, width=64, max_text_tokens=32)
+    assert theirs.std() > 0.1
+    assert np.abs(ours - theirs).max() <= 1e-3
+
+
 def test_diffusers_makes_the_same_edits(monkeypatch):
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)

@@ -32,7 +32,7 @@ PROMPTS = ["a red circle", "two blue squares", "a perfect star", "a green cross 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, compiled_once):
+def world(tmp_path_factory):
     """A folder with the models and the prompts."""
     folder = tmp_path_factory.mktemp("world")
     tiny_generator(t5=False, num_layers=2, dual_attention_layers=()).save_pretrained(folder / "model")
@@ -553,6 +553,23 @@ def test_prompts_that_are_missing_or_empty_are_named(world, tmp_path, nothing_is
 
 
 # A base on int8
+
+
+def test_qwen_image_is_trained_from_text_alone(world, tmp_path):
+    config = load_config(f"{CONFIG}:qwen_image_tiny")
+    size = {"height": 32, "width": 16, "steps": 2, "batch_size": 8}
+    config.rollout.update(size)
+    config.eval.update(size | {"prompts": 2, "images_per_prompt": 1, "judged": 2, "oracle": False})
+    config.prompts.update({"train": str(world / "train.txt"), "held_out": str(world / "held_out.txt")})
+    config.group.update({"prompts_per_epoch": 2, "images_per_prompt": 4})
+    config.train.update({"epochs": 1, "updates_per_epoch": 1, "micro_batch": 2, "timesteps": 1})
+    run(config, tmp_path)
+    before, after = lines(tmp_path / "metrics.jsonl")
+    assert "eval/reward" in before and "eval/reward" in after
+    assert after["update/made"] == 1 and after["grad/norm"] > 1e-4
+    state = last_state(tmp_path)
+    for module in ("attn/to_q", "attn/add_q_proj", "img_mlp/net/0/proj"):
+        assert state[f"lora/blocks/{module}/b"].any()
 
 
 def test_a_run_over_int8_kernels_learns_and_leaves_them_as_they_are(world, tmp_path, monkeypatch):
