@@ -16,3 +16,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config):
+    """With `-n 2` a file is one worker's, because its tests share what takes long to make, and files come in the order
+    of their names: those of the fewest tests, which would come last, are the longest."""
+    if config.getoption("numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadfile", False

@@ -1,6 +1,7 @@
 """`firm-jax serve` with the critic that ships: what is answered, and that nothing else matters to an answer."""
 
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
@@ -358,7 +359,9 @@ def test_sigterm_answers_what_was_accepted_and_ends_with_0(tmp_path, asked):
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.1)
             assert httpx.get(f"{url}/v1/models").status_code == 401
-            request = {"items": [{"id": str(n), **item} for n, item in enumerate(items(asked) * 4)]}
+            # Different questions, so that none is answered from memory, and enough of them to be refused meanwhile.
+            many = itertools.islice(itertools.cycle(items(asked)), 48)
+            request = {"items": [item | {"id": str(n), "instruction": f"{n} circles"} for n, item in enumerate(many)]}
             accepted = threading.Thread(
                 target=lambda: found.append(
                     httpx.post(f"{url}/v1/score", json=request, timeout=300, headers=client.headers)
