@@ -46,6 +46,20 @@ def replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write in the place of `path`, which it becomes, on the disk, when the block ends without an error."""
+    staging = path.with_name(f".{path.name}.writing")
+    try:
+        yield staging
+        sync(staging)
+        staging.replace(path)
+        sync(path.parent)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """WorkdirError where the disk does not take what a block writes to a file of a run."""
     try:

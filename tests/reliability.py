@@ -141,9 +141,9 @@ SECTIONS: dict[str, dict[str, Fault]] = {
         "hostile-image": Fault(
             "An image that is a decompression bomb, truncated, no image, animated, of absurd size or aspect, or "
             "changed during the run",
-            "Refused with one of a fixed set of reasons, before its pixels are decoded where the header tells; in a "
-            "conversation file when the file is read, before anything is trained. The source images of edits are all "
-            "decoded once before the run, and set aside with their records; one that changes later stops the run, "
+            "Refused with one of a fixed set of reasons, before its pixels are decoded where the header tells. The "
+            "images of conversations and the source images of edits are all decoded once before anything is trained, "
+            "and set aside with their records; a source image that changes later stops the run, "
             "saved as it was before the epoch.",
         ),
         "escaping-path": Fault(

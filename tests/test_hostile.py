@@ -17,7 +17,7 @@ from tiny_pipeline import tiny_generator
 from firm_jax.critic import Critic
 from firm_jax.critic.score import prompt_check
 from firm_jax.data import records
-from firm_jax.data.conversations import ConversationFile
+from firm_jax.data.conversations import load_conversations
 from firm_jax.data.images import load_image
 from firm_jax.data.prompts import PromptRecord, load_prompts, read_prompts
 from firm_jax.data.records import MalformedRecord
@@ -161,7 +161,7 @@ def test_conversations_with_hostile_images_are_set_aside_when_the_file_is_read(g
     turns = [{"role": "user", "content": "<image>rate"}, {"role": "assistant", "content": "\\boxed{4}"}]
     rows = [json.dumps({"messages": turns, "images": [name]}) for name in names]
     (folder / "train.jsonl").write_text("\n".join(rows))
-    read = ConversationFile(folder / "train.jsonl", max_bad_fraction=0.9, quarantine_file=tmp_path / "bad.jsonl")
+    read = load_conversations(folder / "train.jsonl", max_bad_fraction=0.9, quarantine_file=tmp_path / "bad.jsonl")
     assert len(read) + len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(names)
     usable = [name for name, reason in reasons.items() if reason is None]
     assert len(read) >= len(usable)

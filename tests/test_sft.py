@@ -15,7 +15,7 @@ from firm_jax import models
 from firm_jax.config import load_config
 from firm_jax.critic import Critic, sft
 from firm_jax.critic.processing import Processor
-from firm_jax.data.conversations import ConversationFile
+from firm_jax.data.conversations import load_conversations
 from firm_jax.errors import ConfigError, DataError, NonFiniteError
 from firm_jax.mesh import make_mesh
 from firm_jax.models.layers import Linear
@@ -49,7 +49,7 @@ def file(tmp_path_factory):
 
 def batches(file, folder, **changes) -> sft.Batches:
     options = {"batch_size": 4, "lengths": (96,), "multiple": 1, "seed": 0} | changes
-    return sft.Batches(ConversationFile(file), Processor(folder), **options)
+    return sft.Batches(load_conversations(file), Processor(folder), **options)
 
 
 def test_scores_are_found_in_both_kinds_of_answer():

@@ -160,14 +160,15 @@ class Processor:
         parts.append([self.turn_start, *self.encode("assistant\n")])
         return lay_out(parts, self.image_pad, self.images.merge_size)
 
-    def length(self, sizes, text: str) -> int:
-        """The tokens of `sequence` for images of these (height, width) and a text, without any pixels."""
+    def length(self, sizes, text: str, answer: str | None = None) -> int:
+        """The tokens of `sequence` for images of these (height, width), a text and an answer, without any pixels."""
         patch, merge = self.images.patch_size, self.images.merge_size
         limits = {"min_pixels": self.images.min_pixels, "max_pixels": self.images.max_pixels}
         resized = [smart_resize(*size, factor=patch * merge, **limits) for size in sizes]
         images = sum(2 + height * width // (patch * merge) ** 2 for height, width in resized)
         question = ["user\n", text] if sizes else ["user\n" + text]
-        return 3 + images + sum(len(self.encode(part)) for part in (*question, "\n", "assistant\n"))
+        answered = 0 if answer is None else len(self.encode(answer)) + 1
+        return 3 + images + sum(len(self.encode(part)) for part in (*question, "\n", "assistant\n")) + answered
 
     def _patch(self, image, patched: dict | None) -> PatchedImage:
         if isinstance(image, PatchedImage):

@@ -6,6 +6,7 @@ have seen, and the step is all the data state there is.
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from firm_jax.critic.parse import Parsed, parse_alignment, parse_quality
 from firm_jax.critic.processing import Processor, Sequence, collate, image_table
 from firm_jax.critic.rubric import Rubric, rubrics_from
 from firm_jax.critic.score import Critic, end_tokens, served_rubrics
-from firm_jax.data.conversations import Conversation, ConversationFile
+from firm_jax.data.conversations import Conversation, Conversations, load_conversations
+from firm_jax.data.records import MalformedRecord
 from firm_jax.errors import ConfigError, DataError, NonFiniteError
 from firm_jax.interop.hub import identity, resolve
 from firm_jax.mesh import batch_size, make_mesh, shard_batch
@@ -130,7 +132,7 @@ def make_update(graphdef, optimizer, *, compute_dtype, verdict_weight: float = 1
 class Batches:
     """Examples as training batches: `batch_size` of about one length, padded to the next of `lengths`."""
 
-    examples: ShapesConversations | ConversationFile
+    examples: ShapesConversations | Conversations
     processor: Processor
     batch_size: int
     lengths: tuple[int, ...]
@@ -317,7 +319,22 @@ def sources(config, rubrics: dict[str, Rubric] | None):
         )
     if not data.held_out:
         raise ConfigError("data.held_out is not set: give a conversation file of examples that are not trained on")
-    return ConversationFile(data.source), ConversationFile(data.held_out)
+    return load_conversations(data.source), load_conversations(data.held_out)
+
+
+def length_check(processor: Processor, longest: int) -> Callable[[Conversation], None]:
+    """A check for `load_conversations`: MalformedRecord for a conversation of more than `longest` tokens.
+
+    It is left out then, and never cut: a cut would fall into an image or take the answer's score.
+    """
+
+    def check(conversation: Conversation) -> None:
+        sizes = [(image.height, image.width) for image in conversation.images]
+        tokens = processor.length(sizes, conversation.prompt, conversation.answer)
+        if tokens > longest:
+            raise MalformedRecord(f"has {tokens} tokens, more than the {longest} that are trained on")
+
+    return check
 
 
 def base_folder(config, run: Run, examples) -> Path:

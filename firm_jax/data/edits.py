@@ -200,12 +200,7 @@ class _ImageColumn:
     place: int
 
     def __call__(self) -> bytes:
-        return _images_of(self.dataset.row(self.row), self.column)[self.place]
-
-
-def _images_of(row: dict, column: str) -> list[bytes]:
-    value = row[column]
-    return [value] if isinstance(value, bytes) else [bytes(each) for each in value]
+        return tfds.images_of(self.dataset.row(self.row), self.column)[self.place]
 
 
 def _read_json(source: str, folder: Path) -> tuple[list[EditRecord], list[QuarantinedRecord]]:
@@ -239,7 +234,7 @@ def _read_tfds(source: str) -> tuple[list[EditRecord], list[QuarantinedRecord]]:
         fields = dataset.scalars(row)
         fields["requirement"] = fields.pop(requirement, None) or None
         record = parse_prompt(fields, source, line, [text])
-        count = len(_images_of(row, image))
+        count = len(tfds.images_of(row, image))
         if count == 0:
             raise MalformedRecord(f"an instruction without an image: {image} is empty")
         images = [

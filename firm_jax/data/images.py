@@ -85,6 +85,8 @@ def _refusal(name: str) -> Callable[[str], DataError]:
 def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """An image whose header has passed all checks; whatever goes wrong with it inside becomes a DataError."""
     refuse = _refusal(name)
+    if len(content) > MAX_BYTES:
+        raise refuse(f"is larger than {MAX_BYTES} bytes")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size

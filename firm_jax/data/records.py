@@ -26,6 +26,7 @@ DEFAULT_MAX_BAD_FRACTION = 0.001
 SHOWN_IN_ERROR = 5
 
 BYTE_ORDER_MARK = "\ufeff"
+_PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\d+""")
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -48,21 +49,36 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
     A line that is too long is skipped in pieces, so memory stays bounded whatever the file holds. Blank lines at
     the end of the file are not lines.
     """
+    for number, _, line in read_placed_lines(path):
+        yield number, line
+
+
+def read_placed_lines(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes | None]]:
+    """As `read_lines`, with the byte at which a line begins in the second place (for a blank one, the next line's)."""
     with open(path, "rb") as file:
-        number = blank = 0  # of the lines just read, so many are blank
+        number = blank = begin = end = 0  # of the lines just read, so many are blank
         while piece := file.readline(MAX_RECORD_BYTES + 2):
             number += 1
+            begin, end = end, end + len(piece)
             line: bytes | None = piece.removesuffix(b"\n").removesuffix(b"\r")
             if len(line) > MAX_RECORD_BYTES:
                 while piece and not piece.endswith(b"\n"):
                     piece = file.readline(MAX_RECORD_BYTES)
+                    end += len(piece)
                 line = None
             elif not line.strip():
                 blank += 1
                 continue
-            yield from ((earlier, b"") for earlier in range(number - blank, number))
+            yield from ((earlier, begin, b"") for earlier in range(number - blank, number))
             blank = 0
-            yield number, line
+            yield number, begin, line
+
+
+def read_line_at(path: str | os.PathLike, begin: int) -> bytes:
+    """The line that begins at a byte as `read_placed_lines` gave it, without its end."""
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return file.readline(MAX_RECORD_BYTES + 2).removesuffix(b"\n").removesuffix(b"\r")
 
 
 def decode_text(raw: bytes | None) -> str:
@@ -273,8 +289,13 @@ def collect_json(source: str, parse: Callable[[Any, int], Record]) -> tuple[list
     """`collect` over the elements of a .json file (one list) or a .jsonl file (one object a line)."""
     if source.endswith(".jsonl"):
         return collect(source, read_lines(source), lambda raw, line: parse(parse_json(decode_text(raw)), line))
+    return collect(source, json_elements(source), parse)
+
+
+def json_elements(source: str) -> Iterator[tuple[int, Any]]:
+    """`iterate_json_list` of a dataset's file: DataError, with the remedy, for one that is no list."""
     try:
-        return collect(source, iterate_json_list(source), parse)
+        yield from iterate_json_list(source)
     except MalformedRecord as error:
         raise DataError(
             f"{source}: {error}. Make it one JSON list of objects; a file with one object a line is named .jsonl."
@@ -290,13 +311,29 @@ def check_budget(file: str, usable: int, quarantined: list[QuarantinedRecord], m
         raise DataError(f"{file} is empty: it holds no record. Give a file with at least one.")
     if usable and len(quarantined) / total <= max_bad_fraction:
         return
-    shown = "; ".join(f"line {bad.line}: {bad.reason}" for bad in quarantined[:SHOWN_IN_ERROR])
-    more = len(quarantined) - SHOWN_IN_ERROR
+    kinds = by_kind(quarantined)
+    shown = "; ".join(_example(file, kind) for kind in kinds[:SHOWN_IN_ERROR])
+    more = sum(map(len, kinds[SHOWN_IN_ERROR:]))
     raise DataError(
         f"{file}: {len(quarantined)} of {total} records cannot be used, more than the {max_bad_fraction:.2%} that "
-        f"max_bad_fraction allows: {shown}{f'; and {more} more' if more > 0 else ''}. "
+        f"max_bad_fraction allows: {shown}{f'; and {more} for other reasons' if more else ''}. "
         "Correct these lines, or raise max_bad_fraction to leave them out."
     )
+
+
+def by_kind(quarantined: Iterable[QuarantinedRecord]) -> list[list[QuarantinedRecord]]:
+    """The records of each kind of reason, the most frequent kind first; names and numbers in a reason do not count."""
+    kinds: dict[str, list[QuarantinedRecord]] = {}
+    for bad in quarantined:
+        kinds.setdefault(_PARTICULARS.sub("_", bad.reason), []).append(bad)
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
+def _example(file: str, kind: list[QuarantinedRecord]) -> str:
+    """The first record of a kind and how many there are."""
+    first = kind[0]
+    place = f"line {first.line}" if first.file == file else f"{first.file}, line {first.line}"
+    return f"{place}: {first.reason}{f' ({len(kind)} like this)' if len(kind) > 1 else ''}"
 
 
 def write_quarantine(path: str | os.PathLike, quarantined: Iterable[QuarantinedRecord]) -> None:

@@ -3,7 +3,7 @@
 Read through the random-access reader, which needs no TensorFlow. A source declares which of its columns is what.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -77,11 +77,16 @@ class Dataset:
         return column
 
     def read(self, parse: Callable[[dict, int], Record]) -> tuple[list[Record], list[QuarantinedRecord]]:
-        """`records.collect` over all rows, numbered from 1; DataError for a split that cannot be read."""
+        """`records.collect` over `rows`."""
+        return collect(self.source, self.rows(), parse)
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """All rows, numbered from 1; DataError for a split that cannot be read."""
         try:
             split = self.options.get("split", "train")
             self._rows = self._builder.as_data_source(split, decoders=self._decoders)
-            return collect(self.source, ((index + 1, self.row(index)) for index in range(len(self._rows))), parse)
+            for index in range(len(self._rows)):
+                yield index + 1, self.row(index)
         except (ValueError, NotImplementedError, OSError) as error:
             raise DataError(
                 f"{self.source}: {str(error).splitlines()[0]} Check the split, and that the dataset is prepared for "
@@ -94,8 +99,14 @@ class Dataset:
 
     def scalars(self, row: dict[str, Any]) -> dict[str, str | int | float | bool]:
         """The text, number and label columns of a row; images and nested columns are left out."""
-        columns = {key: _plain(row[key]) for key in self.features if key not in self.encoded_columns}
+        columns = {key: plain(row[key]) for key in self.features if key not in self.encoded_columns}
         return {key: value for key, value in columns.items() if value is not None}
+
+
+def images_of(row: dict[str, Any], column: str) -> list[bytes]:
+    """The files in an image column, of one image or of several."""
+    value = row[column]
+    return [value] if isinstance(value, bytes) else [bytes(each) for each in value]
 
 
 def _holds(feature, kinds) -> bool:
@@ -103,7 +114,7 @@ def _holds(feature, kinds) -> bool:
     return isinstance(getattr(feature, "feature", feature), kinds)
 
 
-def _plain(value: Any) -> str | int | float | bool | None:
+def plain(value: Any) -> str | int | float | bool | None:
     """A dataset column as a JSON scalar; None where it is not one."""
     if isinstance(value, bytes):
         try:
