@@ -146,6 +146,10 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "and set aside with their records; a source image that changes later stops the run, "
             "saved as it was before the epoch.",
         ),
+        "too-long-example": Fault(
+            "A conversation of more tokens than a critic is trained on",
+            "Set aside with its number of tokens when the file is read, and never cut.",
+        ),
         "escaping-path": Fault(
             "A path in a record leaves its folder: dot-dot, absolute, symbolic link, NUL, URL",
             "Refused; nothing outside the folder is opened.",

@@ -274,7 +274,7 @@ def test_the_budget(tmp_path, bad):
         assert len(splits.quarantined) == 1
     else:
         with pytest.raises(
-            DataError, match=r"2 of 1000 records .* line 999: not JSON.*; line 1000: .*max_bad_fraction"
+            DataError, match=r"2 of 1000 records .* line 999: not JSON.* \(2 like this\).*max_bad_fraction"
         ) as error:
             load_prompts(path, quarantine_file=quarantine)
         assert path in str(error.value)

@@ -115,6 +115,24 @@ def test_an_example_that_is_too_long_is_an_error(file, folder):
         batches(file, folder, batch_size=13)
 
 
+@pytest.mark.fault("too-long-example")
+def test_examples_that_are_too_long_are_known_before_the_run_and_never_cut(file, folder):
+    processor = Processor(folder)
+    lengths = [len(batches(file, folder)._encode(index)) for index in range(12)]
+    assert len(set(lengths)) > 2
+    limit = sorted(lengths)[8]
+    found = load_conversations(file, max_bad_fraction=0.5, check=sft.length_check(processor, limit))
+    kept = [length for length in lengths if length <= limit]
+    assert [len(sft.Batches(found, processor, 1, (96,), 1, 0)._encode(index)) for index in range(len(found))] == kept
+    over = [length for length in lengths if length > limit]
+    assert [bad.reason for bad in found.quarantined] == [
+        f"has {length} tokens, more than the {limit} that are trained on" for length in over
+    ]
+    config = make_config(file, folder, lengths=(16, limit))
+    with pytest.raises(DataError, match=rf"{len(over)} of 12 records .*has {over[0]} tokens, more than the {limit}"):
+        sft.sources(config, None)
+
+
 def make_config(file, folder, **train):
     config = load_config("configs/shapes.py:critic_gen")
     config.critic.model = str(folder)

@@ -319,7 +319,10 @@ def sources(config, rubrics: dict[str, Rubric] | None):
         )
     if not data.held_out:
         raise ConfigError("data.held_out is not set: give a conversation file of examples that are not trained on")
-    return load_conversations(data.source), load_conversations(data.held_out)
+    options = {}
+    if config.critic.model:  # a miniature is made from the examples, and cannot tell beforehand
+        options["check"] = length_check(Processor(resolve(config.critic.model)), max(config.train.lengths))
+    return load_conversations(data.source, **options), load_conversations(data.held_out, **options)
 
 
 def length_check(processor: Processor, longest: int) -> Callable[[Conversation], None]:
