@@ -211,7 +211,7 @@ def critic_example(rng: np.random.Generator) -> tuple[np.ndarray, str, str, str]
     """
     wanted = int(rng.integers(1, 6))
     if rng.random() < ALIGNMENT_SHARE:
-        prompt, scene = _pair_for_alignment(rng, wanted)
+        prompt, scene = pair_for_alignment(rng, wanted)
         image = aged(rng, render(scene))
         return image, "alignment", prompt.text, alignment_answer(image, prompt)
     for _ in range(_QUALITY_TRIES):
@@ -222,7 +222,7 @@ def critic_example(rng: np.random.Generator) -> tuple[np.ndarray, str, str, str]
     return image, "quality", "", quality_answer(image)
 
 
-def _pair_for_alignment(rng: np.random.Generator, wanted: int) -> tuple[Prompt, Scene]:
+def pair_for_alignment(rng: np.random.Generator, wanted: int) -> tuple[Prompt, Scene]:
     """A prompt, and a scene that meets the share of its requirements that makes the wanted score."""
     for _ in range(_PAIR_TRIES):
         prompt = _any_prompt(rng)
