@@ -86,13 +86,16 @@ def test_nothing_judged_is_not_a_number():
 
 
 def test_calibration_by_hand():
-    #           bin 1..1.5 | 3..3.5        | the last bin holds 5 too
-    expected = [1.0, 1.4, 3.0, 3.2, NONE, 5.0]
+    expected = [0.9999, 1.2, 3.0, 3.2, NONE, 5.0]  # about 1, about 3 and about 5
     human = [1, 2, 3, 5, 1, 4]
     found = measures.calibration(human, expected)
-    assert [(one["low"], one["count"]) for one in found["bins"]] == [(1.0, 2), (3.0, 2), (4.5, 1)]
+    assert [(one["low"], one["high"], one["count"]) for one in found["bins"]] == [
+        (0.75, 1.25, 2),
+        (2.75, 3.25, 2),
+        (4.75, 5.25, 1),
+    ]
     assert [one["human"] for one in found["bins"]] == [1.5, 4.0, 4.0]
-    assert found["error"] == pytest.approx((2 * abs(1.2 - 1.5) + 2 * abs(3.1 - 4) + abs(5 - 4)) / 5)
+    assert found["error"] == pytest.approx((2 * abs(1.1 - 1.5) + 2 * abs(3.1 - 4) + abs(5 - 4)) / 5, abs=1e-4)
     assert np.isnan(measures.calibration([1], [NONE])["error"])
 
 

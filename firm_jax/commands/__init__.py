@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from firm_jax.errors import FirmError
 
-COMMANDS = ("export", "sample", "score", "serve")
+COMMANDS = ("bench", "export", "sample", "score", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,13 +6,11 @@ from firm_jax.critic import Critic
 from firm_jax.devices import default_dtype, default_mesh, say_nothing_of_absent_devices, use_compilation_cache
 
 
-def add_critic_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument(
-        "--critic",
-        default="embedded:critic_gen",
-        metavar="DIR_OR_ID",
-        help="a Qwen3-VL folder or Hugging Face id; by default the miniature that ships with the package",
-    )
+def add_critic_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, several: bool = False) -> None:
+    """`--critic`, which may be repeated where a command takes several, and how to ask."""
+    words = "a Qwen3-VL folder or Hugging Face id; by default the miniature that ships with the package"
+    given = {"action": "append"} if several else {"default": "embedded:critic_gen"}
+    parser.add_argument("--critic", metavar="DIR_OR_ID", help=words + "; may be repeated" * several, **given)
     parser.add_argument("--rubrics", metavar="DIR", help="the rubrics to judge by, in place of the critic's own")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="bfloat16 by default, float32 on a CPU"

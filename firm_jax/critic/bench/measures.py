@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 SCALE = np.arange(1, 6)
-BIN_EDGES = np.linspace(1, 5, 9)
+# Around the halves: a critic that is sure gives nearly whole numbers, which an edge there would part.
+BIN_EDGES = np.arange(0.75, 5.5, 0.5)
 RESAMPLES = 1000
 
 Scores = Float[np.ndarray, "N"]
@@ -130,8 +131,9 @@ def calibration(human: Scores, expected: Scores) -> dict:
     """How far the expected score is from what people give, on the average of items with about the same.
 
     expected: the critic's mean score under its own probabilities, 1..5, NaN where it is not known. Returns `bins`, for
-    each of eight equal bins of 1..5 that holds an item `low`, `high`, `count`, `expected` and `human` (means), and
-    `error`, the expected calibration error 0..4: the mean over items of their bin's distance between the two means.
+    each of nine bins of half a point, around 1, 1.5 .. 5, that holds an item `low`, `high`, `count`, `expected` and
+    `human` (means), and `error`, the expected calibration error 0..4: the mean over items of their bin's distance
+    between the two means.
     """
     human, expected = _judged(human, expected)
     place = np.clip(np.searchsorted(BIN_EDGES, expected, side="right") - 1, 0, len(BIN_EDGES) - 2)
