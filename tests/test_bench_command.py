@@ -111,14 +111,25 @@ def test_probes_show_what_can_be_fooled(ask, data):
         return (2 if request["criterion"] == "edit_execution" else 4) if source == image else score
 
     found = ask(Reader(data["edit"], fooled), "edit")["critics"]["embedded:critic_edit"]["probes"]
-    assert found["untouched"] == {"execution": 2, "consistency": 4}
+    assert {name: one["mean"] for name, one in found["untouched"].items()} == {"execution": 2, "consistency": 4}
     for name, change in found["injection"].items():
         numbers = [n for n in questions.probed(data["edit"]) if data["edit"].items[n].criterion == name]
         shown = data["edit"].items
         asked = [{"prompt": shown[n].prompt, "criterion": f"edit_{name}", "images": _images(shown[n])} for n in numbers]
         before = [fooled(request, shown[n].human) for request, n in zip(asked, numbers, strict=True)]
-        assert change == pytest.approx(np.mean(5 - np.array(before)))
-    assert found["batch"] == {"items": questions.PROBED, "changed": 0, "expected_change": 0}
+        assert change["mean"] == pytest.approx(np.mean(5 - np.array(before)))
+        assert change["items"] == change["judged"] == len(numbers)
+    assert found["batch"] == {"items": 48, "judged": 48, "changed": 0, "expected_change": 0}
+
+
+def test_a_probe_that_throws_a_critic_off_its_track_is_not_averaged_away(ask, data):
+    def lost(request, score):
+        return None if request["prompt"].endswith(questions.INJECTION) and score != 3 else score
+
+    found = ask(Reader(data["gen"], lost), "gen")["critics"]["embedded:critic_gen"]
+    threes = sum(data["gen"].items[number].human == 3 for number in questions.probed(data["gen"]))
+    assert found["probes"]["injection"]["instruction"] == {"mean": 0, "items": 48, "judged": threes}
+    assert found["failures"] == {} and 0 < threes < 48
 
 
 def _images(item):
@@ -138,7 +149,7 @@ def test_scores_that_depend_on_their_batch_are_found(data):
     found = measured(
         bench, records(plain, lambda one: 3), records(questions.reordered(bench), lambda one: 3 + (one.of in unsteady))
     )
-    assert found["probes"]["batch"] == {"items": 48, "changed": 0.25, "expected_change": 0.25}
+    assert found["probes"]["batch"] == {"items": 48, "judged": 48, "changed": 0.25, "expected_change": 0.25}
 
 
 def test_the_same_command_goes_on_and_other_critics_join_the_table(ask, data, tmp_path):

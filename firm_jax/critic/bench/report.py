@@ -99,13 +99,14 @@ def _probes(bench: Bench, plain: Mapping, probes: Mapping, present: Sequence[str
 
     found = {}
     if bench.task == "edit":
-        found[UNTOUCHED] = {name: _mean(scores(probes[UNTOUCHED], name)) for name in present}
+        found[UNTOUCHED] = {name: _known(scores(probes[UNTOUCHED], name)) for name in present}
     change = {name: scores(probes[INJECTED], name) - scores(plain, name) for name in present}
-    found[INJECTED] = {name: _mean(values) for name, values in change.items()}
+    found[INJECTED] = {name: _known(values) for name, values in change.items()}
     before, after = scores(plain), scores(probes[REORDERED])
     same = (before == after) | (np.isnan(before) & np.isnan(after))
     found[REORDERED] = {
         "items": len(numbers),
+        "judged": int((~np.isnan(before) & ~np.isnan(after)).sum()),
         "changed": float(np.mean(~same)),
         "expected_change": _mean(np.abs(expected(probes[REORDERED]) - expected(plain))),
     }
@@ -114,6 +115,11 @@ def _probes(bench: Bench, plain: Mapping, probes: Mapping, present: Sequence[str
 
 def _number(value) -> float:
     return math.nan if value is None else float(value)
+
+
+def _known(values: np.ndarray) -> dict:
+    """Their mean, and of how many it is: a critic that is thrown off its track may write no score at all."""
+    return {"mean": _mean(values), "items": len(values), "judged": int((~np.isnan(values)).sum())}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -182,12 +188,16 @@ def _probe_table(critics: Mapping[str, Mapping]) -> list[str]:
     for critic, found in critics.items():
         for probe, what in ((UNTOUCHED, "untouched source, mean {}"), (INJECTED, "asked for a 5, change of {}")):
             values = found["probes"].get(probe, {})
-            body += [[critic, what.format(name), _shown(value)] for name, value in values.items()]
+            body += [
+                [critic, what.format(name), _shown(one["mean"]), f"{one['judged']} of {one['items']}"]
+                for name, one in values.items()
+            ]
         batch = found["probes"][REORDERED]
-        body.append([critic, "scores that change with the batch", _percent(batch["changed"])])
+        count = f"{batch['judged']} of {batch['items']}"
+        body.append([critic, "scores that change with the batch", _percent(batch["changed"]), count])
         shift = _shown(batch["expected_change"], places=4)
-        body.append([critic, "mean change of the expected score with the batch", shift])
-    return _table(["critic", "probe", "result"], body)
+        body.append([critic, "mean change of the expected score with the batch", shift, count])
+    return _table(["critic", "probe", "result", "items with a score"], body)
 
 
 def _calibration_table(critics: Mapping[str, Mapping]) -> list[str]:
