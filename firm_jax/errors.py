@@ -31,3 +31,7 @@ class NonFiniteError(FirmError):
 
 class WorkdirError(FirmError):
     """A run folder that cannot be created, written or locked."""
+
+
+class BudgetError(FirmError):
+    """A budget of money or tokens that the next call could exceed."""

@@ -252,6 +252,29 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "another critic than it began with.",
         ),
     },
+    "Critic data from teachers": {
+        "teacher-killed": Fault(
+            "`kill -9` at any moment between two answers, or a disk that takes no more",
+            "What was answered is kept, with its cost, in one transaction forced to the disk, and never asked again. "
+            "The answers end equal to an uninterrupted run's. A try on its way may have been billed: it counts as "
+            "lost, at the most that it may have cost.",
+        ),
+        "teacher-budget": Fault(
+            "The money or the tokens of the budget run out",
+            "No call is begun that could exceed it, those on their way included; the error tells what is spent, and "
+            "the same command with a greater budget continues.",
+        ),
+        "teacher-answers": Fault(
+            "A teacher answers HTML, half of a JSON, a refusal, nothing, 429, 5xx, or not in time",
+            "Each has an outcome of its own and is counted, with what it cost or may have. 429, 502, 503 and 504 are "
+            "asked again as a remote critic is; what the teacher has answered, if only with a refusal, is final; any "
+            "other failure is asked again by the next run.",
+        ),
+        "teacher-two-processes": Fault(
+            "Two processes use one ledger, or the file is no ledger",
+            "The second one is refused before it asks anything; a file that is something else is left alone.",
+        ),
+    },
 }
 
 

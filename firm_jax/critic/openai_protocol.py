@@ -37,7 +37,7 @@ class OpenAIProtocol:
 
         Raises Failed, and ConfigError and CriticError for a server that is not the one asked for, or tells too little.
         """
-        served = _json(await get("/v1/models")).get("data")
+        served = json_object(await get("/v1/models")).get("data")
         if not isinstance(served, list) or not all(isinstance(one, dict) and "id" in one for one in served):
             raise ConfigError("its /v1/models lists no models: is this the base URL of an OpenAI-compatible server?")
         known = {str(one["id"]): one for one in served}
@@ -49,13 +49,13 @@ class OpenAIProtocol:
         criterion = min(self.rubrics)
         [canary] = questions_of([{"criterion": criterion, "prompt": "a cat", "images": [picture]}], CANARY_TOKENS)
         try:
-            reply = _json(await post(self.body([canary], "")))
+            reply = json_object(await post(self.body([canary], "")))
         except Failed as failed:
             if failed.status not in (REJECTED, SERVER_ERROR):
                 raise
             self.logprobs = False
-            reply = _json(await post(self.body([canary], "")))
-        told = _choice(reply).get("logprobs")
+            reply = json_object(await post(self.body([canary], "")))
+        told = the_choice(reply).get("logprobs")
         self.logprobs = self.logprobs and isinstance(told, dict) and bool(told.get("content"))
         if self.expected and not self.logprobs:
             raise CriticError(
@@ -97,11 +97,11 @@ class OpenAIProtocol:
     ) -> tuple[dict, dict[str, Judgement]]:
         """Who answered, and the judgement by the question's id. Raises Failed for what is no answer."""
         [question] = questions
-        reply = _json(content)
+        reply = json_object(content)
         who = self._who(reply) | {"rubrics": identity["rubrics"]}
         if who != identity:
             return who, {}
-        return who, {question.id: self._judgement(_choice(reply), question)}
+        return who, {question.id: self._judgement(the_choice(reply), question)}
 
     def _judgement(self, answer: Mapping, question: Question) -> Judgement:
         message, tokens = answer.get("message"), answer.get("logprobs")
@@ -166,15 +166,16 @@ def _bytes(token: Mapping) -> bytes:
     return text.encode() if isinstance(text, str) else b""
 
 
-def _choice(reply: Mapping) -> Mapping:
-    """The one choice of a chat completion."""
+def the_choice(reply: Mapping) -> Mapping:
+    """The one choice of a chat completion. Raises Failed."""
     choices = reply.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise Failed(MALFORMED_REPLY, "the reply has not one choice")
     return choices[0]
 
 
-def _json(content: bytes) -> Mapping:
+def json_object(content: bytes) -> Mapping:
+    """A reply's JSON object. Raises Failed."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:

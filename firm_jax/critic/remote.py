@@ -46,7 +46,7 @@ class RemoteCritic:
         expected: bool = False,
         policy: Policy | None = None,
     ):
-        policy, urls, headers = policy or Policy(), [base_url(url) for url in endpoints], _key_header()
+        policy, urls, headers = policy or Policy(), [base_url(url) for url in endpoints], key_header()
         given = None if rubrics is None else rubrics_from(rubrics)
         if protocol == "firm":
             self._protocol = FirmProtocol(model, given, policy.try_timeout)
@@ -223,23 +223,27 @@ class Asked:
         return [found[question.id] for question in self._questions]
 
 
-def base_url(url: str) -> str:
-    """A server's URL without the `/v1` and the slash that may end it. Raises ConfigError for what is none."""
+def base_url(url: str, named: str = "critic.endpoints", variable: str = KEY_VARIABLE) -> str:
+    """A server's URL without the `/v1` and the slash that may end it.
+
+    Raises ConfigError for what is none; named: the config's key that it comes from, variable: where its key belongs.
+    """
     found = url.rstrip("/").removesuffix("/v1").rstrip("/")
     scheme, separator, host = found.partition("://")
     if not separator or scheme not in ("http", "https") or not host or "@" in host or set(host) & set("?# "):
         shown = "it" if "@" in url else repr(url)
         raise ConfigError(
-            f"{shown} in critic.endpoints is no base URL; one is like http://host:8000, without a user or a key (that "
-            f"goes into the environment variable {KEY_VARIABLE})"
+            f"{shown} in {named} is no base URL; one is like http://host:8000, without a user or a key (that "
+            f"goes into the environment variable {variable})"
         )
     return found
 
 
-def _key_header() -> dict[str, str]:
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+def key_header(variable: str = KEY_VARIABLE) -> dict[str, str]:
+    """The header that carries the key of that environment variable, if it is set. Raises ConfigError."""
+    key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
-        raise ConfigError(f"the key in {KEY_VARIABLE} holds characters that no header can carry")
+        raise ConfigError(f"the key in {variable} holds characters that no header can carry")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
