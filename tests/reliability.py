@@ -270,6 +270,12 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "asked again as a remote critic is; what the teacher has answered, if only with a refusal, is final; any "
             "other failure is asked again by the next run.",
         ),
+        "teacher-unreadable": Fault(
+            "An answer that is not in the form asked for, or that declines in words; a record whose images are gone, "
+            "damaged or outside the data's folder",
+            "The teacher is asked once to write its answer again, without new judgement; what still cannot be read is "
+            "set aside, counted by stage and reason. No score is made up, and no later stage is asked.",
+        ),
         "teacher-two-processes": Fault(
             "Two processes use one ledger, or the file is no ledger",
             "The second one is refused before it asks anything; a file that is something else is left alone.",
