@@ -213,15 +213,7 @@ def test_a_teacher_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.fault("teacher-killed")
 def test_killed_twenty_times_the_curation_ends_the_same_and_pays_for_nothing_twice(tmp_path):
-    killed_and_compared(tmp_path, 20)
-
-
-@pytest.mark.fault("teacher-killed")
-def test_killed_the_curation_ends_the_same(tmp_path):
-    killed_and_compared(tmp_path, 4)
-
-
-def killed_and_compared(folder, kills: int):
+    folder, kills = tmp_path, 20
     command = [sys.executable, curation_job.__file__, str(folder), str(kills), "0"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "0"}
     said = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
