@@ -21,47 +21,22 @@ PROMPTS = ["a red circle", "two large green squares on a black background", "a b
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_diffusers_draws_the_same_pictures(guidance):
-    folder = embedded_path("embedded:sd3")
+@pytest.mark.parametrize("name, text_tokens", [("sd3", 17), ("qwen_image", 32)])
+def test_diffusers_draws_the_same_pictures(name, text_tokens, guidance):
+    folder = embedded_path(f"embedded:{name}")
     noise = np.random.default_rng(0).normal(size=(len(PROMPTS), 16, 8, 8)).astype(np.float32)
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    if name == "sd3":
+        given = {"guidance_scale": guidance, "max_sequence_length": text_tokens, "latents": torch.from_numpy(noise)}
+    else:
+        negative = [" "] * len(PROMPTS) if guidance > 1 else None
+        given = {"true_cfg_scale": guidance, "negative_prompt": negative, "latents": packed(noise)}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        prompt=PROMPTS,
-        num_inference_steps=6,
-        guidance_scale=guidance,
-        height=64,
-        width=64,
-        max_sequence_length=17,
-        latents=torch.from_numpy(noise),
-        output_type="np",
-    ).images
-    generator = Generator.from_pretrained(folder, dtype="float32")
-    ours = generator.sample(
-        PROMPTS, steps=6, guidance=guidance, solver="euler", noise=noise, height=64, width=64, max_text_tokens=17
-    )
-    assert theirs.std() > 0.1
-    assert np.abs(ours - theirs).max() <= 1e-3
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_diffusers_draws_the_same_pictures_with_qwen_image(guidance):
-    folder = embedded_path("embedded:qwen_image")
-    noise = np.random.default_rng(0).normal(size=(len(PROMPTS), 16, 8, 8)).astype(np.float32)
-    pipeline = diffusers.QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        prompt=PROMPTS,
-        negative_prompt=[" "] * len(PROMPTS) if guidance > 1 else None,
-        true_cfg_scale=guidance,
-        num_inference_steps=6,
-        height=64,
-        width=64,
-        latents=packed(noise),
-        output_type="np",
-    ).images
-    generator = Generator.from_pretrained(folder, dtype="float32")
-    ours = generator.sample(PROMPTS, steps=6, guidance=guidance, noise=noise, height=64, width=64, max_text_tokens=32)
+    theirs = pipeline(PROMPTS, num_inference_steps=6, height=64, width=64, output_type="np", **given).images
+    ours = Generator.from_pretrained(folder, dtype="float32").sample(
+        PROMPTS, steps=6, guidance=guidance, solver="euler", noise=noise, height=64, width=64,
+        max_text_tokens=text_tokens,
+    )  # fmt: skip
     assert theirs.std() > 0.1
     assert np.abs(ours - theirs).max() <= 1e-3
 
