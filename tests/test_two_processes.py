@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_critic import fake
 
 from firm_jax.processes import BEAT_SECONDS, LOST_EXIT_CODE, LOST_SECONDS
 
@@ -52,12 +53,16 @@ class Process:
         return self.process.wait(seconds)
 
 
-def start(workdir: Path, sizes: tuple[int, int, int], processes: int = 1) -> list[Process]:
-    """The job on a mesh whose devices the processes share evenly; compiled programs are kept beside the workdir."""
+def start(workdir: Path, sizes: tuple[int, int, int], processes: int = 1, **changed) -> list[Process]:
+    """The job on a mesh whose devices the processes share evenly; compiled programs are kept beside the workdir.
+
+    changed: values of the config's section `critic`.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     given = SMALL | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    given |= {f"critic.{name}": value for name, value in changed.items()}
     command = [sys.executable, "main.py", "--config", "configs/gen_qma.py:tiny", "--workdir", str(workdir)]
     command += [f"--config.{name}={value}" for name, value in given.items()]
     devices = int(np.prod(sizes)) // processes
@@ -165,3 +170,38 @@ def test_a_killed_process_ends_the_other_and_both_continue(folder, together, kil
 def test_a_process_that_hangs_ends_the_other(folder, together):
     code, other = interrupt(folder / "hanging", together, 1, signal.SIGSTOP)
     assert code == LOST_EXIT_CODE and f"no sign of life for {LOST_SECONDS:.0f} s" in other.said
+
+
+REMOTE = {"backend": "firm", "model": "critic", "try_timeout": 10.0, "timeout": 20.0, "attempts": 2}
+
+
+@pytest.mark.fault("other-mesh")
+def test_a_server_is_asked_by_one_of_two_processes_and_both_train_on_its_answers(folder):
+    asked = []
+    for name, sizes, processes in (("server_alone", (1, 1, 1), 1), ("server_together", (2, 2, 2), 2)):
+        with fake() as server:
+            finish(start(folder / name, sizes, processes, endpoints=(server.url,), **REMOTE))
+            asked.append((len(server.requests), server.judged))
+    assert asked[0] == asked[1] and asked[0][1] > EPOCHS * 4 * 4 * 2
+    alone, together = (lines(folder / name, "judgements.jsonl") for name in ("server_alone", "server_together"))
+    assert len(alone) == len(together) == EPOCHS * 4 * 4 * 2
+    # The fake reads its score from the mean of all pixels: a rounded one moves it by less than this.
+    assert [one["expected"] for one in together] == pytest.approx([one["expected"] for one in alone], abs=1e-3)
+    losses = [[line["loss/total"] for line in lines(folder / name, "metrics.jsonl")[1:]] for name in
+              ("server_alone", "server_together")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and len(set(losses[0])) == EPOCHS
+
+
+@pytest.mark.fault("remote-down")
+def test_a_server_that_dies_stops_both_processes_with_everything_saved(folder):
+    workdir = folder / "server_dies"
+    with fake() as server:
+        started = start(workdir, (2, 2, 2), 2, endpoints=(server.url,), **REMOTE)
+        started[0].wait_until((workdir / "checkpoints" / "2").is_dir)
+        server.stop()
+        codes = [process.ended() for process in started]
+    assert codes == [2, 2], [process.said[-2000:] for process in started]
+    assert "Traceback" not in started[0].said and "saved" in started[0].said
+    with fake(port=int(server.url.rsplit(":", 1)[1])):
+        finish(start(workdir, (2, 2, 2), 2, endpoints=(server.url,), **REMOTE))
+    assert [line["epoch"] for line in lines(workdir, "metrics.jsonl")] == list(range(EPOCHS + 1))
