@@ -138,6 +138,11 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "`prompts.max_bad_fraction` of them refuse the file, and so does a JSON list that breaks off or holds a "
             "piece that is too long.",
         ),
+        "broken-benchmark": Fault(
+            "Of a benchmark lines, pictures, people's scores or items are missing or cannot be used",
+            "More than `max_bad_fraction` of either file refuse it, with the reasons and how often each. Below that "
+            "they are left out for every critic alike, and the report counts them.",
+        ),
         "hostile-image": Fault(
             "An image that is a decompression bomb, truncated, no image, animated, of absurd size or aspect, or "
             "changed during the run",

@@ -139,7 +139,7 @@ def test_what_cannot_be_used_is_set_aside_with_its_place(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "cut.png")
     noise = (folder / "cut.png").read_bytes()
     (folder / "cut.png").write_bytes(noise[:-80])
-    found = read_bench(folder, "gen")
+    found = read_bench(folder, "gen", max_bad_fraction=0.99)
     assert [one.id for one in found.items] == ["good"]
     said = reasons(found)
     expected = {2: "not JSON", 3: "damaged", 4: "leads out", 5: "does not exist", 6: "2 pictures; one is judged"}
@@ -167,6 +167,40 @@ def test_what_cannot_be_used_is_set_aside_with_its_place(tmp_path):
 @pytest.mark.parametrize("value", [0, 6, 3.5, "four", "nan", "1e999", None, [3], True, 10**400, ""])
 def test_only_whole_scores_from_1_to_5_count(tmp_path, value):
     found = read_bench(
-        write(tmp_path, [item("a"), item("b")], [{"id": "a", "score": value}, {"id": "b", "score": 2}]), "gen"
+        write(tmp_path, [item("a"), item("b")], [{"id": "a", "score": value}, {"id": "b", "score": 2}]),
+        "gen",
+        max_bad_fraction=0.5,
     )
     assert [one.id for one in found.items] == ["b"]
+
+
+@pytest.mark.fault("broken-benchmark")
+@pytest.mark.parametrize("where", ["lines", "pictures", "scores", "missing items"])
+def test_a_benchmark_of_which_half_is_broken_is_refused_with_the_reasons(tmp_path, where):
+    items, human = [item(n) for n in range(20)], [{"id": n, "score": 1 + n % 5} for n in range(20)]
+    if where == "lines":
+        items[10:] = ["{", *["null"] * 9]
+        words = r"10 of 20 records .*the 5.00% .*not a JSON object \(9 like this\); line 11: not JSON"
+    elif where == "pictures":
+        items[10:] = [one | {"image": f"none{n}.png"} for n, one in enumerate(items[10:])]
+        words = r"10 of 20 records .*line 11: .*none0.png.* does not exist.* \(10 like this\)"
+    elif where == "scores":
+        human[10:] = [one | {"score": 9} for one in human[10:]]
+        words = r"10 of 20 records .*no usable human score of '10' \(10 like this\)"
+    else:
+        items[10:] = []
+        words = r"human_bench_v1.jsonl: 10 of 20 records .*a score of '10', which is no usable item \(10 like this\)"
+    folder = write(tmp_path, items, human)
+    with pytest.raises(DataError, match=words):
+        read_bench(folder, "gen")
+    assert len(read_bench(folder, "gen", max_bad_fraction=0.5).items) == 10
+
+
+def test_the_budget_is_of_lines_and_one_in_twenty_is_within_it(tmp_path):
+    items, human = [edit(n) for n in range(20)], [{"id": n, "execution": 3, "consistency": 4} for n in range(20)]
+    items[3]["image"] = "none.png"
+    folder = write(tmp_path, items, human)
+    found = read_bench(folder, "edit")
+    assert len(found.items) == 38 and len(found.quarantined) == 1
+    with pytest.raises(DataError, match=r"1 of 20 records cannot be used, more than the 4\.00%"):
+        read_bench(folder, "edit", max_bad_fraction=0.04)

@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,15 +19,14 @@ from firm_jax import storage
 from firm_jax.commands.critics import add_critic_arguments, given_dtype, load_critic, positive
 from firm_jax.commands.score import Results
 from firm_jax.critic.bench import paper
-from firm_jax.critic.bench.questions import Asked, batches, judged, questions, reordered
+from firm_jax.critic.bench.questions import Asked, ask, questions, reordered
 from firm_jax.critic.bench.records import CRITERIA, Bench, Fields, fields_from, read_bench
 from firm_jax.critic.bench.report import markdown, measured
+from firm_jax.critic.rubric import RUBRICS
 from firm_jax.critic.score import rubric_of, served_rubrics
 from firm_jax.data.records import write_quarantine
-from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError, WorkdirError
 from firm_jax.interop.hub import identity, resolve
-from firm_jax.rl.rollout import RUBRICS
 
 LOCAL = "local"
 
@@ -59,7 +57,7 @@ def run(arguments) -> int:
     if bool(arguments.endpoint) == (arguments.backend == LOCAL):
         raise ConfigError("--endpoint goes with --backend firm or openai, and these need one")
     data = arguments.data or f"embedded:bench_{arguments.task}"
-    bench = read_bench(embedded_path(data) or Path(data), arguments.task, fields_from(arguments.fields))
+    bench = read_bench(data, arguments.task, fields_from(arguments.fields))
     names = arguments.critic or [f"embedded:critic_{arguments.task}" if arguments.backend == LOCAL else None]
     folders = {_folder(arguments, name): name for name in names}
     if len(folders) < len(names):
@@ -135,40 +133,10 @@ def _ask(
     critic, every: list[Asked], done: int, together: int, max_new_tokens: int, results: Results, words: str
 ) -> None:
     bar = tqdm(total=len(every), initial=done, desc=words, unit="answer", disable=not sys.stderr.isatty())
-    with ThreadPoolExecutor() as pool, bar:
-        for start, batch in batches(every, done, together):
-            distinct = list(dict.fromkeys(picture for one in batch for picture in one.pictures))
-            opened = dict(zip(distinct, pool.map(lambda picture: picture.open(), distinct), strict=True))
-            requests = [
-                {
-                    "images": [opened[picture][0] for picture in one.pictures],
-                    "prompt": one.prompt,
-                    "requirement": one.requirement,
-                    "criterion": RUBRICS[one.criterion],
-                }
-                for one in batch
-            ]
-            found = judged(critic, requests, max_new_tokens)
-            records = [
-                {
-                    "item": number,
-                    "of": one.of,
-                    "probe": one.probe,
-                    "criterion": one.criterion,
-                    "prompt": one.prompt,
-                    "image": one.pictures[-1].path,
-                    "sha256": [opened[picture][1] for picture in one.pictures],
-                    "score": judgement.score,
-                    "expected": judgement.expected,
-                    "entropy": judgement.entropy,
-                    "status": judgement.status,
-                    "reason": judgement.reason,
-                    "text": judgement.text,
-                    "rubric": judgement.rubric,
-                }
-                for number, (one, judgement) in enumerate(zip(batch, found, strict=True), start)
-            ]
-            results.append(records, [])
+    with bar:
+        for start in range(done, len(every), together):
+            batch = ask(critic, every[start : start + together], max_new_tokens, start)
+            results.append(batch, [])
             bar.update(len(batch))
 
 

@@ -24,6 +24,7 @@ from firm_jax import storage
 from firm_jax.commands.critics import add_critic_arguments, given_dtype, load_critic, positive
 from firm_jax.critic import Critic
 from firm_jax.critic.processing import Sequence as Prompt
+from firm_jax.critic.rubric import RUBRICS
 from firm_jax.critic.score import rubric_of, served_rubrics
 from firm_jax.data.candidates import Candidate, read_candidates
 from firm_jax.data.records import QuarantinedRecord
@@ -31,7 +32,7 @@ from firm_jax.errors import ConfigError, DataError, WorkdirError
 from firm_jax.interop.hub import identity, resolve
 from firm_jax.metrics import JsonLines
 from firm_jax.rl.rewards import resolve_reward
-from firm_jax.rl.rollout import RUBRICS, recorded, scores
+from firm_jax.rl.rollout import recorded, scores
 
 REWARDS = {"gen": "qma", "edit": "cme"}
 SCALE = range(1, 6)

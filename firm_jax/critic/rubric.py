@@ -18,6 +18,13 @@ from firm_jax.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "rubrics"
 NAMES = ("alignment", "quality", "edit_execution", "edit_consistency")
+# What rewards and the benchmark call a criterion -> the rubric that asks the critic for it.
+RUBRICS = {
+    "instruction": "alignment",
+    "quality": "quality",
+    "execution": "edit_execution",
+    "consistency": "edit_consistency",
+}
 FIELDS = ("prompt", "requirement")
 # Quality is judged from the picture alone, so that following the instruction is not paid for twice.
 WITHOUT_PROMPT = ("quality",)

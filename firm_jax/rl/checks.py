@@ -1,5 +1,6 @@
 """What an RL config is refused for before anything is loaded."""
 
+from firm_jax.critic.rubric import RUBRICS
 from firm_jax.errors import ConfigError
 from firm_jax.generation.solvers import SOLVERS
 from firm_jax.models.layers import REMAT_POLICIES
@@ -8,7 +9,7 @@ from firm_jax.rl.advantages import ADVANTAGE_MODES
 from firm_jax.rl.judging import BACKENDS, check_critic
 from firm_jax.rl.nft import old_policy_decay
 from firm_jax.rl.rewards import Reward, resolve_reward
-from firm_jax.rl.rollout import OF_EDITS, RUBRICS
+from firm_jax.rl.rollout import OF_EDITS
 from firm_jax.rl.start import check_init
 
 # Numbers that a run cannot do without.

@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 
 from firm_jax.critic import Judgement
 from firm_jax.critic.questions import FAILURES
-from firm_jax.critic.rubric import FOLDER, rubrics_from
+from firm_jax.critic.rubric import FOLDER, RUBRICS, rubrics_from
 from firm_jax.critic.score import prompt_check, rubric_of
 from firm_jax.data.prompts import PromptRecord
 from firm_jax.errors import ConfigError, CriticError, FirmError
-from firm_jax.rl.rollout import RUBRICS, failures, judge, judgement_metrics, merged, questions, shown_size
+from firm_jax.rl.rollout import failures, judge, judgement_metrics, merged, questions, shown_size
 
 LOCAL = "local"
 BACKENDS = (LOCAL, "firm", "openai")

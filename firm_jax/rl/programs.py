@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from firm_jax.abstract import batch, outputs, place, whole
 from firm_jax.critic.programs import AbstractCritic
+from firm_jax.critic.rubric import RUBRICS
 from firm_jax.generation import Generator
 from firm_jax.generation.generator import decoded_together, pipeline_class, read_model_index
 from firm_jax.generation.programs import SOURCE_SIDE, encoding, text_parameters
@@ -23,7 +24,7 @@ from firm_jax.published import PIPELINES, published
 from firm_jax.rl.checks import check_config, check_editing
 from firm_jax.rl.judging import is_remote
 from firm_jax.rl.rewards import resolve_reward
-from firm_jax.rl.rollout import RUBRICS, drawing_flops, drawn_together, make_draw, shown_size
+from firm_jax.rl.rollout import drawing_flops, drawn_together, make_draw, shown_size
 from firm_jax.rl.update import init_state, learning_flops, make_optimizer, make_update, micro_batches
 
 

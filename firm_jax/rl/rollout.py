@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from firm_jax.critic import Critic, Judgement
+from firm_jax.critic.rubric import RUBRICS
 from firm_jax.data.edits import EditRecord
 from firm_jax.data.images import from_array
 from firm_jax.data.prompts import PromptRecord
@@ -19,13 +20,6 @@ from firm_jax.mesh import batch_size, shard_batch, to_host
 from firm_jax.rl.rewards import normalise
 from firm_jax.run import Run
 
-# What the reward calls a criterion -> the rubric that asks the critic for it.
-RUBRICS = {
-    "instruction": "alignment",
-    "quality": "quality",
-    "execution": "edit_execution",
-    "consistency": "edit_consistency",
-}
 # The criteria that compare a picture with the one it was made from.
 OF_EDITS = ("execution", "consistency")
 

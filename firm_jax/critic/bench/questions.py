@@ -6,11 +6,13 @@ batch: the same items in another order and another number at once.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from firm_jax.critic.bench.records import Bench, Item
+from firm_jax.critic.rubric import RUBRICS
 from firm_jax.critic.score import Judgement
 from firm_jax.data.candidates import Picture
 from firm_jax.errors import DataError
@@ -34,9 +36,14 @@ class Asked:
     pictures: tuple[Picture, ...]
 
 
+def as_they_are(bench: Bench) -> list[Asked]:
+    """Every item, in the order of the benchmark."""
+    return [_as_it_is(number, item) for number, item in enumerate(bench.items)]
+
+
 def questions(bench: Bench) -> list[Asked]:
     """Every item as it is, then the probes that one pass can ask."""
-    found = [_as_it_is(number, item) for number, item in enumerate(bench.items)]
+    found = as_they_are(bench)
     for number in probed(bench):
         plain = found[number]
         if bench.task == "edit":
@@ -62,19 +69,53 @@ def _as_it_is(number: int, item: Item) -> Asked:
     return Asked(number, None, item.criterion, item.prompt, item.requirement, item.pictures)
 
 
-def judged(critic, requests: Sequence[dict], max_new_tokens: int) -> list[Judgement]:
-    """The judgements of a `Critic` or `RemoteCritic`; one that it cannot be asked for is missing, as "rejected"."""
+def ask(critic, batch: Sequence[Asked], max_new_tokens: int, first: int = 0) -> list[dict]:
+    """Ask a `Critic` or `RemoteCritic` some questions at once.
+
+    first: the number of the first of them among all. Returns a record for each, what was asked and what came of it. A
+    question that the critic cannot be asked has no score, as one that it does not answer, and the status "rejected".
+    """
+    distinct = list(dict.fromkeys(picture for one in batch for picture in one.pictures))
+    with ThreadPoolExecutor() as pool:
+        opened = dict(zip(distinct, pool.map(Picture.open, distinct), strict=True))
+    requests = [
+        {
+            "images": [opened[picture][0] for picture in one.pictures],
+            "prompt": one.prompt,
+            "requirement": one.requirement,
+            "criterion": RUBRICS[one.criterion],
+        }
+        for one in batch
+    ]
+    return [
+        {
+            "item": number,
+            "of": one.of,
+            "probe": one.probe,
+            "criterion": one.criterion,
+            "prompt": one.prompt,
+            "image": one.pictures[-1].path,
+            "sha256": [opened[picture][1] for picture in one.pictures],
+            "score": judgement.score,
+            "expected": judgement.expected,
+            "entropy": judgement.entropy,
+            "status": judgement.status,
+            "reason": judgement.reason,
+            "text": judgement.text,
+            "rubric": judgement.rubric,
+        }
+        for number, (one, judgement) in enumerate(
+            zip(batch, _judged(critic, requests, max_new_tokens), strict=True), first
+        )
+    ]
+
+
+def _judged(critic, requests: Sequence[dict], max_new_tokens: int) -> list[Judgement]:
+    """A judgement for each request. One that cannot be asked spoils the call, so halves are asked until it is alone."""
     try:
         return critic.judge(requests, max_new_tokens, iter)
     except DataError as error:
         if len(requests) == 1:
-            criterion = requests[0]["criterion"]
-            return [Judgement(criterion, None, None, None, "", REJECTED, str(error), "")]
+            return [Judgement(requests[0]["criterion"], None, None, None, "", REJECTED, str(error), "")]
     half = len(requests) // 2
-    parts = judged(critic, requests[:half], max_new_tokens), judged(critic, requests[half:], max_new_tokens)
-    return [one for part in parts for one in part]
-
-
-def batches(asked: Sequence[Asked], start: int, size: int) -> Iterator[tuple[int, Sequence[Asked]]]:
-    """Runs of up to `size` questions from number `start` on, with the number of their first."""
-    return ((first, asked[first : first + size]) for first in range(start, len(asked), size))
+    return [one for part in (requests[:half], requests[half:]) for one in _judged(critic, part, max_new_tokens)]

@@ -15,12 +15,23 @@ from typing import Any
 
 from firm_jax.data.candidates import Picture
 from firm_jax.data.prompts import parse_prompt
-from firm_jax.data.records import MalformedRecord, QuarantinedRecord, check_storable, check_text, collect, collect_json
+from firm_jax.data.records import (
+    MalformedRecord,
+    QuarantinedRecord,
+    check_budget,
+    check_storable,
+    check_text,
+    collect,
+    collect_json,
+)
+from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError, DataError
 
 ITEMS, HUMAN = "bench_v1.jsonl", "result/human_bench_v1.jsonl"
 CRITERIA = {"gen": ("instruction",), "edit": ("execution", "consistency")}
 DIFFICULTIES = ("easy", "hard")
+# A benchmark is small: with the budget of training data, one broken line of 250 would refuse it.
+MAX_BAD_FRACTION = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +118,19 @@ class _Asked:
     difficulty: str | None
 
 
-def read_bench(folder: str | Path, task: str, fields: Fields | None = None) -> Bench:
-    """The benchmark in a folder, for the task "gen" or "edit".
+def read_bench(
+    folder: str | Path, task: str, fields: Fields | None = None, max_bad_fraction: float = MAX_BAD_FRACTION
+) -> Bench:
+    """The benchmark in a folder or `embedded:` part, for the task "gen" or "edit".
 
     Raises DataError when a file is missing, when no line has a field that is needed (with the fields that there are
-    and what to do), or when no item is usable.
+    and what to do), or when of either file more than `max_bad_fraction` of the lines cannot be used, or all of them.
     """
-    folder, fields = Path(folder), fields or Fields()
+    folder, fields = embedded_path(str(folder)) or Path(folder), fields or Fields()
     items_file, human_file = folder / ITEMS, folder / HUMAN
     lines, refused = _objects(items_file)
     said, also_refused = _objects(human_file)
-    refused += also_refused
+    counts = {items_file: len(lines) + len(refused), human_file: len(said) + len(also_refused)}
     _check_fields(items_file, lines, {name: [getattr(fields, name)] for name in ("id", "prompt", "image")})
     if task == "edit" and not any(isinstance(content.get(fields.image), list) for _, content in lines):
         _check_fields(items_file, lines, {"source": [fields.source]})
@@ -125,18 +138,13 @@ def read_bench(folder: str | Path, task: str, fields: Fields | None = None) -> B
     _check_fields(human_file, said, {"human_id": [fields.human_id], **scored})
     asked, bad = collect(str(items_file), lines, lambda content, line: _asked(content, line, items_file, task, fields))
     scores, bad_scores = collect(str(human_file), said, lambda content, line: _scores(content, line, task, fields))
-    refused += bad + bad_scores
     items, left_over = _joined(asked, [one for row in scores for one in row], items_file, human_file)
-    refused += left_over
     usable, bad_images = _verified(items, items_file)
-    refused = sorted(refused + bad_images, key=lambda one: (one.file, one.line))
-    if not usable:
-        first = f"; the first of {len(refused)} reasons: line {refused[0].line} of {refused[0].file}: "
-        raise DataError(
-            f"{folder} holds no item that can be judged and has a score"
-            f"{first + refused[0].reason if refused else ''}. Correct the files, or say with --fields which field is "
-            "which."
-        )
+    refused += also_refused + bad + bad_scores + left_over + bad_images
+    refused.sort(key=lambda one: (one.file, one.line))
+    for file, count in counts.items():
+        bad = list({one.line: one for one in refused if one.file == str(file)}.values())
+        check_budget(str(file), count - len(bad), bad, max_bad_fraction)
     digest = hashlib.sha256(repr((task, [dataclasses.replace(one, pictures=()) for one in usable])).encode())
     return Bench(task, tuple(usable), tuple(refused), digest.hexdigest())
 
