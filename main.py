@@ -34,6 +34,7 @@ JOBS = {
     "rl": "firm_jax.rl.train:train",
     "critic_sft": "firm_jax.critic.sft:train",
     "critic_vision": "firm_jax.critic.vision:train_vision",
+    "bench": "firm_jax.critic.bench.job:bench",
     "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
     "qwen_matching": "firm_jax.generation.pretrain_qwen:train_qwen_matching",
     "autoencoder": "firm_jax.generation.autoencoder:train_autoencoder",

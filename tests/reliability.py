@@ -50,7 +50,7 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "once and with 134. The same command on every host continues, on another mesh too.",
         ),
         "scoring-killed": Fault(
-            "`firm-jax score` is killed at any moment",
+            "`firm-jax score`, `firm-jax bench` or the job `bench` is stopped or killed at any moment",
             "The same command judges nothing again of which whole batches are on the disk, and ends in the same file.",
         ),
         "scoring-changed": Fault(
@@ -250,6 +250,11 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "another order, or to another request; a score that is out of range, NaN or a text",
             "Order does not matter, for answers go by the question's id. Anything else is a missing judgement "
             "(`malformed_reply`, `rejected`, `server_error`), masked and counted; never a number.",
+        ),
+        "remote-bench": Fault(
+            "A server fails in the middle of a benchmark",
+            "What it did not answer has no score and is counted in the failure rate, with the reasons. The same "
+            "command asks these questions again, and no other.",
         ),
         "remote-identity": Fault(
             "The server is restarted with other weights, rubrics or settings, or endpoints are not the same critic",

@@ -183,8 +183,9 @@ def test_a_critic_on_a_server_is_measured_too(data, tmp_path):
 
 def test_mistakes_are_one_message(ask, data, tmp_path, capsys):
     for more, words in (
-        (["--backend", "firm"], "--endpoint goes with --backend"),
-        (["--endpoint", "http://127.0.0.1:1"], "--endpoint goes with --backend"),
+        (["--backend", "firm"], "endpoints go with the backend firm or openai"),
+        (["--endpoint", "http://127.0.0.1:1"], "endpoints go with the backend firm or openai"),
+        (["--max-bad-fraction", "2"], "give a fraction"),
         (["--critic", "a/b", "--critic", "a-b"], "two of the critics would share a folder"),
         (["--data", str(tmp_path)], "cannot read"),
         (["--fields", "x"], "--fields x: give NAME=FIELD"),

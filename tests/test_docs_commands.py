@@ -218,6 +218,7 @@ PLANNED = RL | {
 STEPS = {"train.epochs": 1, "train.steps_per_epoch": 1, "train.batch_size": 4, "train.warmup_steps": 0}
 JOBS = {
     "rl": RL,
+    "bench": {},
     "autoencoder": STEPS | {"eval.images": 8},
     "flow_matching": STEPS | {"train.pictures": 256, "train.wrong_epochs": 0, "eval.prompts": 4, "samples": 256},
     "qwen_matching": STEPS | {"train.tasks": 256, "train.wrong_epochs": 0, "eval.tasks": 4, "samples": 256},

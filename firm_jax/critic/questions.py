@@ -25,6 +25,8 @@ REJECTED = "rejected"  # the server refuses the question
 SERVER_ERROR = "server_error"  # the server failed at it
 MALFORMED_REPLY = "malformed_reply"  # what came back is no answer to it
 FAILURES = (UNREACHABLE, TIMEOUT, OVERLOADED, REJECTED, SERVER_ERROR, MALFORMED_REPLY)
+# The critic was not heard; asked later it may be.
+UNANSWERED = frozenset(FAILURES) - {REJECTED}
 
 PNG_COMPRESSION = 1  # fast; the pixels are the same at any
 SENT_PIXELS = 8 << 20  # of all distinct images of one call

@@ -33,8 +33,8 @@ def bench_metrics(
     """
     bench = read_bench(folder, task, fields, max_bad_fraction)
     asked = as_they_are(bench)
-    batches = [asked[first : first + batch_size] for first in range(0, len(asked), batch_size)]
-    records = [record for batch in progress(batches) for record in ask(critic, batch, max_new_tokens)]
+    batches = [range(len(asked))[first : first + batch_size] for first in range(0, len(asked), batch_size)]
+    records = [record for numbers in progress(batches) for record in ask(critic, asked, numbers, max_new_tokens)]
     human = np.array([item.human for item in bench.items], float)
     predicted = np.array([np.nan if one["score"] is None else one["score"] for one in records], float)
     criterion = np.array([item.criterion for item in bench.items])
