@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -13,8 +13,10 @@ NONE = float("nan")
 PAPER = {"execution": (105, 57, 108, 21, 10), "consistency": (73, 83, 82, 14, 4), "instruction": (67, 73, 50, 38, 22)}
 
 scores = st.integers(1, 5)
-few = settings(deadline=None, max_examples=40)
-pairs = st.lists(st.tuples(scores, scores), min_size=2, max_size=40)
+few = settings(deadline=None, max_examples=60)
+# Few values, so that there are ties, on both sides of bins' edges, and items without a score.
+given_scores = st.sampled_from([1.0, 1.2, 1.3, 2.0, 2.25, 2.5, 3.0, 4.0, 4.74, 5.0, NONE])
+answered = st.lists(st.tuples(scores, given_scores), min_size=1, max_size=40)
 
 
 def composed(criterion: str) -> np.ndarray:
@@ -55,26 +57,49 @@ def test_no_constant_answer_is_better(human):
 
 
 @few
-@given(pairs)
-def test_rank_correlations_are_scipys(values):
+@given(answered)
+@example([(3, 2.5), (3, 4.0)])  # people's scores do not vary
+@example([(1, 3.0), (5, 3.0), (2, NONE)])  # the critic's do not
+@example([(1, NONE), (5, NONE)])
+def test_every_measure_is_what_numpy_and_scipy_make_of_the_judged_items(values):
     human, predicted = np.array(values, float).T
-    for ours, theirs in ((measures.spearman, stats.spearmanr), (measures.kendall, stats.kendalltau)):
-        if min(len(set(human)), len(set(predicted))) == 1:
-            assert np.isnan(ours(human, predicted))
-        else:
-            assert ours(human, predicted) == pytest.approx(theirs(human, predicted).statistic, abs=1e-12)
+    known = ~np.isnan(predicted)
+    right, judged = human[known], predicted[known]
+    errors = np.abs(judged - right)
+    assert measures.failure_rate(human, predicted) == pytest.approx(np.isnan(predicted).mean())
+    worst = np.where(known, np.abs(predicted - human), np.abs(human[:, None] - [1, 5]).max(axis=1))
+    assert measures.mae_failures_worst(human, predicted) == pytest.approx(worst.mean())
+    if not known.any():
+        return
+    by_score = stats.binned_statistic(right, errors, "mean", bins=np.arange(0.5, 6)).statistic
+    expected = {
+        measures.mae: errors.mean(),
+        measures.macro_mae: np.nanmean(by_score),
+        measures.exact: (errors == 0).mean(),
+        measures.within: (errors <= 1).mean(),
+        measures.bias: judged.mean() - right.mean(),
+        measures.spearman: NONE,
+        measures.kendall: NONE,
+    }
+    if np.ptp(right) and np.ptp(judged):
+        expected[measures.spearman] = stats.spearmanr(right, judged).statistic
+        expected[measures.kendall] = stats.kendalltau(right, judged).statistic
+    for measure, value in expected.items():
+        assert measure(human, predicted) == pytest.approx(value, abs=1e-12, nan_ok=True), measure.__name__
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_rank_correlations_take_fractions_and_pass_over_failures(seed):
-    rng = np.random.default_rng(seed)
-    human, expected = rng.integers(1, 6, 15).astype(float), rng.choice([1.2, 2.0, 2.7, 3.1, 4.4, 4.9], 15)
-    with_failures = np.append(expected, [NONE, NONE])
-    for measure in (measures.spearman, measures.kendall, measures.mae, measures.macro_mae, measures.exact):
-        alone = measure(human, expected)
-        assert measure(np.append(human, [1, 5]), with_failures) == pytest.approx(alone, nan_ok=True)
-    assert measures.kendall(human, expected) == pytest.approx(stats.kendalltau(human, expected).statistic, abs=1e-12)
-    assert measures.spearman(human, expected) == pytest.approx(stats.spearmanr(human, expected).statistic, abs=1e-12)
+@few
+@given(answered)
+def test_the_calibration_error_is_numpys(values):
+    human, expected = np.array(values, float).T
+    human, expected = human[~np.isnan(expected)], expected[~np.isnan(expected)]
+    if not len(human):
+        return
+    number = np.digitize(expected, np.arange(1.25, 5, 0.5))
+    distances = [abs(human[number == one].mean() - expected[number == one].mean()) for one in number]
+    found = measures.calibration(*np.array(values, float).T)
+    assert found["error"] == pytest.approx(np.mean(distances))
+    assert sum(one["count"] for one in found["bins"]) == len(human)
 
 
 def test_nothing_judged_is_not_a_number():
@@ -110,6 +135,16 @@ def test_the_interval_is_seeded_and_covers_the_truth():
     asked = measures.mae, human, predicted
     assert measures.bootstrap_interval(*asked, seed=1) == measures.bootstrap_interval(*asked, seed=1)
     assert len({measures.bootstrap_interval(*asked, resamples=30, seed=seed) for seed in range(9)}) > 1
+
+
+def test_the_interval_is_the_percentile_interval_of_scipy():
+    rng = np.random.default_rng(0)
+    human, errors = np.full(80, 3.0), rng.integers(0, 3, 80)
+    ours = measures.bootstrap_interval(measures.mae, human, human + errors, resamples=4000)
+    theirs = stats.bootstrap((errors,), np.mean, n_resamples=4000, method="percentile", random_state=1)
+    assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=0.02)
+    low, high = measures.bootstrap_interval(measures.mae, human, human + errors, level=0.5, resamples=4000)
+    assert high - low == pytest.approx((ours[1] - ours[0]) * 0.6745 / 1.96, rel=0.1)
 
 
 def test_items_of_one_picture_are_drawn_together():
