@@ -196,6 +196,19 @@ def test_settings_that_contradict_each_other_are_refused(bench, local, tmp_path,
     assert not (tmp_path / "run").exists() and not local
 
 
+def test_a_job_without_anything_to_do_is_refused(bench, local, tmp_path):
+    for key, value, words in (
+        ("critics", {}, "there has to be a critic"),
+        ("batch_size", 0, "1 or more"),
+        ("task", "gne", "the task is 'gne'; give one of gen, edit"),
+    ):
+        config = config_for(bench, {"one": {}})
+        config[key] = value
+        with pytest.raises(ConfigError, match=words):
+            run(config, tmp_path)
+    assert not local
+
+
 def test_declared_fields_are_read(bench, local, tmp_path):
     folder = tmp_path / "renamed"
     write_bench(folder, "gen", 4)

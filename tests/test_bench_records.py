@@ -68,6 +68,10 @@ def test_items_are_joined_to_their_scores(tmp_path):
             [edit("a", criterion="execution"), edit("a", criterion="consistency"), edit("b")],
             [{"id": "a", "execution": 5, "consistency": 2}, {"id": "b", "execution": 1}],
         ),
+        (
+            [edit("a", criterion="execution"), edit("a"), edit("b")],
+            [{"id": "a", "execution": 5, "consistency": 2}, {"id": "b", "execution": 1}],
+        ),
     ],
 )
 def test_an_edit_has_the_criteria_that_people_scored(tmp_path, items, human):
@@ -93,7 +97,7 @@ def test_other_names_are_declared(tmp_path):
     (found,) = read_bench(folder, "gen", fields_from(given)).items
     assert (found.id, found.prompt, found.human) == ("7", "a cat", 3)
     assert fields_from(["id=uid"]) == Fields(id="uid", human_id="uid")
-    with pytest.raises(DataError, match=r"'medium' is neither easy nor hard \(--fields difficulty= leaves it out"):
+    with pytest.raises(DataError, match=r"'medium' is neither easy nor hard \(an empty field"):
         read_bench(folder, "gen", fields_from([*given, "difficulty=level"]))
     for wrong in ("caption=prompt", "prompt"):
         with pytest.raises(ConfigError, match=f"--fields {wrong}: give NAME=FIELD, .*human_id, prompt, "):
@@ -111,7 +115,7 @@ def test_a_mapping_that_does_not_fit_lists_what_there_is(tmp_path):
     with pytest.raises(DataError, match=r"'source' for the source.*--fields source=FIELD"):
         read_bench(tmp_path, "edit", Fields(prompt="caption"))
     (tmp_path / HUMAN).unlink()
-    with pytest.raises(DataError, match=r"cannot read .*human_bench_v1.jsonl: No such file.*--data is a folder"):
+    with pytest.raises(DataError, match=r"cannot read .*human_bench_v1.jsonl: No such file.*The benchmark is a folder"):
         read_bench(tmp_path, "gen")
 
 

@@ -74,10 +74,13 @@ def compare(
     batch_size: questions at once. Raises ConfigError when answers in the folder were given to other questions or by
     another critic, or two critics would share a folder; and what the critics raise.
     """
+    if not entrants or min(max_new_tokens, batch_size) < 1:
+        raise ConfigError("there has to be a critic to measure; max_new_tokens and batch_size are 1 or more")
     if len({entrant.folder for entrant in entrants}) < len(entrants):
         raise ConfigError(f"two of the critics would share a folder of {out}. Name them differently, or apart.")
+    asked = {"task": bench.task, "data": bench.sha256, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     for entrant in entrants:
-        _measure(out / "critics" / entrant.folder, bench, entrant, load, dtype, max_new_tokens, batch_size)
+        _measure(out / "critics" / entrant.folder, bench, entrant, load, dtype, asked)
     write_quarantine(out / "quarantine.jsonl", bench.quarantined)
     found = dict(_all_measured(out, bench))
     page = markdown(bench, found)
@@ -86,21 +89,13 @@ def compare(
     return page
 
 
-def _measure(
-    folder: Path,
-    bench: Bench,
-    entrant: Entrant,
-    load: Callable[[Entrant], Critic],
-    dtype: str,
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    """One critic's answers, and what they come to."""
-    asked = {"task": bench.task, "data": bench.sha256, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    asked |= _local(entrant, bench, dtype) if entrant.backend == LOCAL else _remote(entrant)
+def _measure(folder: Path, bench: Bench, entrant: Entrant, load: Callable, dtype: str, asked: dict) -> None:
+    """One critic's answers, and what they come to. asked: what all critics are asked alike."""
     if entrant.backend == LOCAL:
+        asked = asked | _local(entrant, bench, dtype)
         records = _answers(folder, bench, asked, lambda: load(entrant), entrant.name)
     else:
+        asked = asked | _remote(entrant)
         if _is_complete(folder / "measured.json", asked):
             return  # its server need not be there any more
         critic = _connected(entrant)
@@ -143,7 +138,7 @@ def _is_complete(file: Path, asked: dict) -> bool:
     return found["unanswered"] == 0 and asked.items() <= found["asked"].items()
 
 
-def _answers(folder: Path, bench: Bench, asked: dict, critic: Callable, name: str) -> tuple[list[dict], list[dict]]:
+def _answers(folder: Path, bench: Bench, asked: dict, critic: Callable, name: str) -> list[list[dict]]:
     """The records of `questions` and of `reordered`, in their order; `critic()` is asked for those that are missing."""
     size, loaded, found = asked["batch_size"], None, []
     passes = {"judgements": (questions(bench), size), "reordered": (reordered(bench), max(1, size // 2 - 1))}
@@ -156,7 +151,7 @@ def _answers(folder: Path, bench: Bench, asked: dict, critic: Callable, name: st
                 results.append(ask(loaded, every, numbers, asked["max_new_tokens"]), [])
             last = {record["item"]: record for record in results.judgements()}
             found.append([last[number] for number in range(len(every))])
-    return tuple(found)
+    return found
 
 
 def _missing(results: Results, every: Sequence[Asked], together: int) -> list[Sequence[int]]:

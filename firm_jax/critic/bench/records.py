@@ -123,9 +123,12 @@ def read_bench(
 ) -> Bench:
     """The benchmark in a folder or `embedded:` part, for the task "gen" or "edit".
 
-    Raises DataError when a file is missing, when no line has a field that is needed (with the fields that there are
-    and what to do), or when of either file more than `max_bad_fraction` of the lines cannot be used, or all of them.
+    Raises ConfigError for another task, and DataError when a file is missing, when no line has a field that is needed
+    (with the fields that there are and what to do), or when of either file more than `max_bad_fraction` of the lines
+    cannot be used, or all of them.
     """
+    if task not in CRITERIA:
+        raise ConfigError(f"the task is {task!r}; give one of {', '.join(CRITERIA)}")
     folder, fields = embedded_path(str(folder)) or Path(folder), fields or Fields()
     items_file, human_file = folder / ITEMS, folder / HUMAN
     lines, refused = _objects(items_file)
@@ -162,7 +165,7 @@ def _objects(file: Path) -> tuple[list[tuple[int, dict]], list[QuarantinedRecord
         return collect_json(str(file), parse)
     except OSError as error:
         raise DataError(
-            f"cannot read {file}: {error.strerror}. --data is a folder of FIRM-Bench, with {ITEMS} and {HUMAN} in it."
+            f"cannot read {file}: {error.strerror}. The benchmark is a folder with {ITEMS} and {HUMAN} in it."
         ) from error
 
 
@@ -174,7 +177,8 @@ def _check_fields(file: Path, lines: Sequence[tuple[int, dict]], wanted: dict[st
             shown = ", ".join(repr(field)[:60] for field in first) or "none"
             raise DataError(
                 f"{file}: no line has the field {' or '.join(map(repr, fields))} for the {name.replace('_', ' ')}. "
-                f"Line {number} has the fields {shown}. Say which it is with --fields {name}=FIELD."
+                f"Line {number} has the fields {shown}. Say which it is with --fields {name}=FIELD, in a config with "
+                f"fields.{name}."
             )
 
 
@@ -228,12 +232,13 @@ def _joined(
             known[name, criterion] = line, score
     items, seen, used = [], set(), set()
     for one in asked:
-        if (one.id, one.criteria) in seen:
+        fresh = [criterion for criterion in one.criteria if (one.id, criterion) not in seen]
+        if not fresh:
             refused.append(QuarantinedRecord(str(items_file), one.line, f"the item {one.id!r} comes again"))
             continue
-        seen.add((one.id, one.criteria))
+        seen.update((one.id, criterion) for criterion in fresh)
         before = len(items)
-        for criterion in one.criteria:
+        for criterion in fresh:
             # What a line of scores leaves open is about the one criterion that the item names, or that there is.
             keys = [(one.id, criterion)] + [(one.id, None)] * (one.named or len(one.criteria) == 1)
             if key := next((key for key in keys if key in known), None):
@@ -302,7 +307,7 @@ def _difficulty(value: Any) -> str | None:
         return None
     if not isinstance(value, str) or value.lower() not in DIFFICULTIES:
         raise MalformedRecord(
-            f"difficulty {str(value)[:40]!r} is neither easy nor hard (--fields difficulty= leaves it out)"
+            f"difficulty {str(value)[:40]!r} is neither easy nor hard (an empty field for difficulty leaves it out)"
         )
     return value.lower()
 
