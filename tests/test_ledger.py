@@ -186,6 +186,28 @@ def test_killed_at_any_moment_nothing_done_is_paid_again(tmp_path):
     assert table(ledger) == table(Ledger(tmp_path / "straight.sqlite"))
 
 
+@pytest.mark.fault("teacher-killed")
+def test_a_power_failure_takes_no_answer(tmp_path):
+    ledger = Ledger(tmp_path / "calls.sqlite")
+    begin(ledger, "a")
+    ledger.settle("a", Cost(7, 3, 41), outcome="ok", done=True, answer="4")
+    [forced] = ledger._database.execute("PRAGMA synchronous").fetchone()
+    assert forced == 2  # as FULL is told: all up to here is on the disk
+    kept = (tmp_path / "calls.sqlite-wal").stat().st_size
+    begin(ledger, "b")
+    for name, lost_bytes, lost in (("killed", 0, 1), ("torn", 100, 0), ("unwritten", None, 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("calls.sqlite", "calls.sqlite-wal"):
+            shutil.copy(tmp_path / file, folder / file)
+        log = folder / "calls.sqlite-wal"
+        os.truncate(log, kept if lost_bytes is None else log.stat().st_size - lost_bytes)
+        left = Ledger(folder / "calls.sqlite")
+        assert left.answered("a").answer == "4" and left.answered("b") is None
+        assert (left.totals().price, left.totals().lost) == (41, lost)
+        left.close()
+
+
 @pytest.mark.fault("teacher-two-processes")
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     path = tmp_path / "calls.sqlite"

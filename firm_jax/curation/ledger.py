@@ -3,6 +3,11 @@
 A call is named by all that decides its answer, so that asking again finds the answer, and a changed prompt is another
 call. Money and tokens are counted in the same transaction that keeps the answer. A try that a kill interrupts may have
 been billed or not: it counts as lost, at the most that it may have cost.
+
+An answer is forced to the disk before anyone is told of it. That a try begins is only handed to the operating system,
+which outlives a process that is killed; the next answer forces it to the disk too. So it is one forced write a try, and
+a power failure, unlike a kill, can take with it that the last few tries were on their way: at most those begun since
+the last answer, which are then asked again without counting as lost.
 """
 
 import contextlib
@@ -140,7 +145,6 @@ class Ledger:
         # network file systems do not have.
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
         with self._transaction():
             [version] = self._database.execute("PRAGMA user_version").fetchone()
             tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -168,13 +172,13 @@ class Ledger:
         return Answered(*found) if found else None
 
     def begin(self, key: str, *, stage: str, model: str, most: Cost) -> None:
-        """A try begins, which costs `most` at the most. To be called before it is sent.
+        """A try begins, which costs `most` at the most. To be called before it is sent. A kill does not undo it.
 
         Raises BudgetError when it could exceed the budget; ValueError for a call that is done or on its way.
         """
         tokens = most.tokens_in + most.tokens_out
         self._check_budget(tokens, most.price)
-        with self._told(), self._transaction():
+        with self._told(), self._transaction(forced=False):
             changed = self._database.execute(
                 "INSERT INTO calls (key, stage, model, status, attempts, in_flight, most_tokens, most_price) "
                 "VALUES (?, ?, ?, 'open', 1, 1, ?, ?) ON CONFLICT (key) DO UPDATE SET status = 'open', "
@@ -190,7 +194,7 @@ class Ledger:
     def settle(
         self, key: str, cost: Cost | None, *, outcome: str, done: bool, answer: str = "", reason: str = "", latency=0.0
     ) -> None:
-        """The try that was begun has ended, and cost so much; None where that cannot be known.
+        """The try that was begun has ended, and cost so much; None where that cannot be known. It is then on the disk.
 
         done: whether there is an answer, which is then kept for good; if not, the call may be asked again. latency:
         seconds. ValueError for a call that is not on its way.
@@ -246,7 +250,9 @@ class Ledger:
             return self._database.execute(query, values).fetchone()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, forced: bool = True) -> Iterator[None]:
+        """forced: to the disk, with all before it, when it ends; if not, the operating system does so in its time."""
+        self._database.execute(f"PRAGMA synchronous = {'FULL' if forced else 'NORMAL'}")
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
