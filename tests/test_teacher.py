@@ -156,10 +156,10 @@ def _times(pace, sizes, corrected=None):
     async def run():
         times = []
         for size in sizes:
-            entry = await pace.take(size)
+            number = await pace.take(size)
             times.append(time.monotonic())
             if corrected is not None:
-                entry[1] = corrected
+                pace.correct(number, corrected)
         return times
 
     return asyncio.run(run())

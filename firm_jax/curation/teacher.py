@@ -5,7 +5,7 @@ whatever happens. HTTP, deadlines, tries and failover are those of a remote crit
 """
 
 import asyncio
-import collections
+import itertools
 import json
 import logging
 import math
@@ -73,28 +73,38 @@ class Pace:
 
     def __init__(self, requests: int | None, tokens: int | None):
         self._requests, self._tokens = requests or math.inf, tokens or math.inf
-        self._window: collections.deque[list] = collections.deque()  # [time, tokens] of what was sent
+        self._window: dict[int, list] = {}  # of each request its time and tokens, oldest first
+        self._numbers = itertools.count()
         self._turn = asyncio.Lock()
 
-    async def take(self, tokens: int) -> list:
-        """An entry to `correct` when it is known what the request took. One larger than the limit goes alone."""
+    async def take(self, tokens: int) -> int:
+        """The request's number, by which to `correct` its tokens. One larger than the limit goes alone."""
         async with self._turn:
             while True:
                 now = time.monotonic()
-                while self._window and self._window[0][0] <= now - MINUTE:
-                    self._window.popleft()
-                taken = sum(entry[1] for entry in self._window)
-                if not self._window or (len(self._window) < self._requests and taken + tokens <= self._tokens):
-                    entry = [now, tokens]
+                while (oldest := next(iter(self._window), None)) is not None:
+                    if self._window[oldest][0] > now - MINUTE:
+                        break
+                    del self._window[oldest]
+                taken = sum(entry[1] for entry in self._window.values())
+                if oldest is None or (len(self._window) < self._requests and taken + tokens <= self._tokens):
+                    number = next(self._numbers)
                     if self._requests < math.inf or self._tokens < math.inf:
-                        self._window.append(entry)
-                    return entry
+                        self._window[number] = [now, tokens]
+                    return number
                 # Some of what is taken may be given back before the oldest entry is a minute old.
-                await asyncio.sleep(min(max(self._window[0][0] + MINUTE - now, 0.001), MINUTE / 200))
+                await asyncio.sleep(min(max(self._window[oldest][0] + MINUTE - now, 0.001), MINUTE / 200))
+
+    def correct(self, number: int, tokens: int) -> None:
+        """What the request took is known."""
+        if number in self._window:
+            self._window[number][1] = tokens
 
 
 class Teacher:
     """To be used in one event loop; `close` ends the connections. transport: httpx's, in place of the network.
+
+    pace: keeps the settings' limits. To be exchanged where several processes ask, which share them.
 
     Raises ConfigError for an endpoint that is no URL.
     """
@@ -105,7 +115,7 @@ class Teacher:
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request otherwise
         self._endpoints = Endpoints(urls, self.policy, key_header(settings.key_variable), transport=transport)
         self._turns = asyncio.Semaphore(self.policy.concurrency)
-        self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        self.pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
 
     async def close(self) -> None:
         await self._endpoints.close()
@@ -128,12 +138,12 @@ class Teacher:
         tokens = most.tokens_in + most.tokens_out
         async with self._turns:
             # The first try waits for its turn outside the deadline: no server is late while we wait.
-            entry: list | None = await self._pace.take(tokens)
+            number: int | None = await self.pace.take(tokens)
             body = await asyncio.to_thread(self._body, text, pictures, max_tokens)
 
             async def send(endpoint: Endpoint) -> Answered:
-                nonlocal entry
-                entry, paced = None, entry or await self._pace.take(tokens)
+                nonlocal number
+                number, paced = None, number if number is not None else await self.pace.take(tokens)
                 ledger.begin(key, stage=stage, model=settings.model, most=most)
                 return await self._try(ledger, key, endpoint, body, paced)
 
@@ -142,14 +152,14 @@ class Teacher:
             except Failed as failed:
                 return Answered(failed.status, "", str(failed))
 
-    async def _try(self, ledger: Ledger, key: str, endpoint: Endpoint, body: bytes, paced: list) -> Answered:
+    async def _try(self, ledger: Ledger, key: str, endpoint: Endpoint, body: bytes, paced: int) -> Answered:
         cost, begun = None, time.monotonic()
         try:
             content = await self._endpoints.exchange(endpoint, "POST", PATH, body, key)
             try:
                 reply = json_object(content)
                 if cost := self._cost_of(reply):
-                    paced[1] = cost.tokens_in + cost.tokens_out
+                    self.pace.correct(paced, cost.tokens_in + cost.tokens_out)
                 answer = _answer(reply)
             except Failed as failed:
                 raise Failed(failed.status, f"{endpoint.url}: {failed}") from failed
