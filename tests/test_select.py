@@ -6,25 +6,26 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from firm_jax.curation.select import (
-    HASH_BITS,
     Benchmark,
-    NearHashes,
+    NearThumbnails,
     balance,
     contradicts,
-    dhash,
-    distance,
     normalised,
+    thumbnail,
     without_duplicates,
     without_near_duplicates,
 )
 from firm_jax.errors import ConfigError
+from firm_jax.shapes.render import render, to_pil
+from firm_jax.shapes.scene import prompts, quarter, sample_scene
 
-HASHES = st.integers(0, 2**HASH_BITS - 1)
+UNHURRIED = settings(deadline=None)
+THUMBNAILS = st.binary(min_size=6, max_size=6)
 
 
 def scene(seed: int, size=(96, 64)) -> Image.Image:
@@ -33,61 +34,106 @@ def scene(seed: int, size=(96, 64)) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-def flipped(value: int, bits) -> int:
-    for bit in bits:
-        value ^= 1 << bit
-    return value
-
-
-def test_a_hash_has_a_bit_for_every_rise_to_the_right():
-    rising = Image.fromarray(np.tile(np.arange(0, 216, 24, dtype=np.uint8), (8, 1)))
-    assert dhash(rising) == 2**64 - 1
-    assert dhash(rising.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == dhash(Image.new("RGB", (30, 20), "red")) == 0
-    half = np.zeros((8, 9), np.uint8)
-    half[0] = np.arange(9)  # the first row alone
-    assert dhash(Image.fromarray(half)) == 0xFF << 56
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_picture_saved_or_scaled_otherwise_hashes_alike_and_another_does_not(seed):
-    picture, jpeg = scene(seed), io.BytesIO()
+def variants(picture: Image.Image) -> list[Image.Image]:
+    """The same picture, saved and scaled otherwise."""
+    jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=80)
-    alike = [Image.open(jpeg), picture.resize((192, 128)), picture.point(lambda value: value * 0.9)]
-    assert all(distance(dhash(picture), dhash(other)) <= 3 for other in alike)
-    assert all(distance(dhash(picture), dhash(scene(other))) > 10 for other in range(100, 110))
+    half, larger = ((round(side * by) for side in picture.size) for by in (0.5, 1.5))
+    return [
+        Image.open(jpeg), picture.resize(tuple(half), Image.Resampling.LANCZOS),
+        picture.resize(tuple(larger), Image.Resampling.BICUBIC), picture.point(lambda value: value * 0.9),
+    ]  # fmt: skip
 
 
-@given(st.lists(HASHES, max_size=20), HASHES, st.integers(0, 8), st.lists(st.integers(0, 63), max_size=10))
-def test_near_hashes_are_those_that_comparing_all_finds(values, asked, bits, turned):
-    values = [*values, flipped(asked, set(turned)), asked]
-    near = NearHashes(bits)
+def stripes(*rows: str) -> Image.Image:
+    """A picture that changes from top to bottom alone."""
+    picture = Image.new("RGB", (64, 64))
+    for place, color in enumerate(rows):
+        picture.paste(color, (0, 64 * place // len(rows), 64, 64))
+    return picture
+
+
+def near(a: Image.Image, b: Image.Image) -> bool:
+    known = NearThumbnails()
+    known.add(thumbnail(a), 0)
+    return known.near(thumbnail(b)) == {0}
+
+
+PLAIN = [
+    stripes("red"), stripes("blue"), stripes("red", "blue"), stripes("blue", "red"),
+    stripes("white", "black", "white"), stripes("black", "white", "black"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("picture", [*map(scene, range(5)), *PLAIN])
+def test_a_picture_saved_or_scaled_otherwise_is_near_and_another_is_not(picture):
+    assert all(near(picture, other) for other in variants(picture))
+    assert not any(near(picture, other) for other in [*map(scene, range(100, 110)), *PLAIN] if other is not picture)
+
+
+def test_pictures_of_the_shapes_world_are_found_again_and_told_apart():
+    """The figures that `thumbnail` gives are of 2,000 pictures; these are 250."""
+    draw = np.random.default_rng(0)
+    scenes = [sample_scene(draw, prompt) for prompt in prompts("train", 250)]
+    pictures = [to_pil(render(one)) for one in scenes]
+    known = NearThumbnails()
+    for name, picture in enumerate(pictures):
+        known.add(thumbnail(picture), name)
+
+    def words(name: int):
+        shapes = ((one.kind, one.color, one.size, quarter(one.x, one.y)) for one in scenes[name].shapes)
+        return scenes[name].background, sorted(shapes)
+
+    doubles = sum(
+        words(name) != words(other)
+        for name, picture in enumerate(pictures)
+        for other in known.near(thumbnail(picture)) - {name}
+    )
+    assert doubles <= 2
+    for name, picture in enumerate(pictures[:100]):
+        assert all(name in known.near(thumbnail(other)) for other in variants(picture))
+
+
+@UNHURRIED
+@given(st.lists(THUMBNAILS, max_size=20), THUMBNAILS, st.integers(0, 254), st.data())
+def test_near_thumbnails_are_those_that_comparing_each_value_finds(values, asked, levels, data):
+    moved = bytes(min(255, value + data.draw(st.sampled_from([0, levels, levels + 1]))) for value in asked)
+    values = [*values, moved, asked]
+    known = NearThumbnails(levels)
+    assert known.near(asked) == set()
     for name, value in enumerate(values):
-        near.add(value, name)
-    assert near.near(asked) == {name for name, value in enumerate(values) if distance(value, asked) <= bits}
+        known.add(value, name)
+    assert known.near(asked) == {
+        name
+        for name, value in enumerate(values)
+        if all(abs(one - other) <= levels for one, other in zip(value, asked, strict=True))
+    }
 
 
-@pytest.mark.parametrize("bits", [-1, 64])
-def test_bits_that_a_hash_does_not_have_are_refused(bits):
-    with pytest.raises(ConfigError, match="differing bits"):
-        NearHashes(bits)
+@pytest.mark.parametrize("levels", [-1, 255])
+def test_levels_that_a_pixel_does_not_have_are_refused(levels):
+    with pytest.raises(ConfigError, match="levels of 255"):
+        NearThumbnails(levels)
 
 
+@UNHURRIED
 @given(st.lists(st.integers(0, 5)))
 def test_the_first_of_each_key_stays(keys):
     kept = without_duplicates(keys)
     assert kept == sorted(kept) and [keys[index] for index in kept] == list(dict.fromkeys(keys))
 
 
+@UNHURRIED
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 15), min_size=1, max_size=2))))
 def test_no_two_that_stay_are_near_and_each_that_goes_is_near_one_that_stays(examples):
-    keys, hashes = [key for key, _ in examples], [tuple(images) for _, images in examples]
-    kept = without_near_duplicates(keys, hashes, bits=1)
+    keys, images = [key for key, _ in examples], [[bytes([one]) for one in values] for _, values in examples]
+    kept = without_near_duplicates(keys, images, levels=1)
 
     def near(a: int, b: int) -> bool:
         return (
             keys[a] == keys[b]
-            and len(hashes[a]) == len(hashes[b])
-            and all(distance(one, other) <= 1 for one, other in zip(hashes[a], hashes[b], strict=True))
+            and len(images[a]) == len(images[b])
+            and all(abs(one[0] - other[0]) <= 1 for one, other in zip(images[a], images[b], strict=True))
         )
 
     assert kept == sorted(kept)
@@ -96,16 +142,17 @@ def test_no_two_that_stay_are_near_and_each_that_goes_is_near_one_that_stays(exa
 
 
 def test_the_same_picture_with_another_instruction_stays():
-    assert without_near_duplicates(["a cat", "a dog", "a cat"], [(5,), (5,), (4,)], bits=1) == [0, 1]
+    assert without_near_duplicates(["a cat", "a dog", "a cat"], [[b"5"], [b"5"], [b"4"]], levels=1) == [0, 1]
 
 
 def test_what_is_the_benchmark_s_is_found():
-    benchmark = Benchmark([dhash(scene(1))], ["Make the Cat  red!"])
-    assert benchmark.leak("paint a dog", [dhash(scene(2)), dhash(scene(1, (48, 32)))]) == "image"
-    assert benchmark.leak("make the cat red", [dhash(scene(2))]) == "prompt"
-    assert benchmark.leak("make the cat redder", [dhash(scene(2))]) is None
+    benchmark = Benchmark([thumbnail(scene(1))], ["Make the Cat  red!"])
+    assert benchmark.leak("paint a dog", [thumbnail(scene(2)), thumbnail(scene(1, (48, 32)))]) == "image"
+    assert benchmark.leak("make the cat red", [thumbnail(scene(2))]) == "prompt"
+    assert benchmark.leak("make the cat redder", [thumbnail(scene(2))]) is None
 
 
+@UNHURRIED
 @given(st.text())
 def test_normalised_prompts_have_no_case_and_spacing(text):
     assert normalised(normalised(text)) == normalised(text) == normalised(f"  {text}\n")
@@ -136,6 +183,7 @@ def test_a_reason_that_speaks_against_its_score(score, reason, expected):
 LABELS = st.lists(st.sampled_from([("alignment", 1), ("alignment", 5), ("edit", 5)]), max_size=40)
 
 
+@UNHURRIED
 @given(LABELS, st.integers(1, 6), st.integers(0, 3))
 def test_each_label_has_up_to_the_cap(labels, cap, seed):
     ids = [f"r{number}" for number in range(len(labels))]

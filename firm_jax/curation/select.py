@@ -1,11 +1,11 @@
 """Which examples a critic is trained on: no doubles, nothing of a benchmark, no contradictions, scores in balance.
 
-Pure functions over examples and hashes of images; each tells by index what stays, in the order of what came in.
+Pure functions over examples, and over hashes and thumbnails of images; each tells by index what stays, in the order of
+what came in.
 """
 
 import collections
 import hashlib
-import itertools
 import re
 from collections.abc import Hashable, Iterable, Sequence
 
@@ -14,49 +14,45 @@ from PIL import Image
 
 from firm_jax.errors import ConfigError
 
-HASH_BITS = 64
-NEAR_BITS = 3  # differing bits up to which two images are taken for the same, saved or scaled differently
+SIDE = 12
+NEAR_LEVELS = 32  # of 255, up to which the thumbnails of a picture that is saved or scaled differently differ
 
 
-def dhash(image: Image.Image) -> int:
-    """A perceptual hash of 64 bits: of a grey 9 x 8 thumbnail, whether each pixel is darker than its right neighbour.
+def thumbnail(image: Image.Image) -> bytes:
+    """What pictures are compared by: 12 x 12 pixels in RGB. Two are near when no value differs by more than `levels`.
 
-    Images that only differ in size, compression or brightness differ in few bits. Pictures without horizontal change
-    all hash to 0, which says nothing about them.
+    Of 2,000 pictures of the shapes world, all others in pixels, 8 of 2 million pairs were near at 32 levels though
+    their scenes differ in words: a small circle and a small square, say. Of 400 of them, 64 pixels wide, all were found
+    again at half and at one and a half times the size, at 0.9 of the brightness and as JPEG of the qualities 95 and 80,
+    and 99.8 % at 50. A difference hash (64 bits of falling or rising grey, 3 may differ) had 2,683 such pairs, and
+    missed 4, 22 and 29 % of the JPEGs: what has few edges leaves it few bits, and what is flat leaves them to noise.
+    Cropping and turning are not seen through, nor are larger changes of brightness.
     """
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), np.int16)
-    bits = (grey[:, :-1] < grey[:, 1:]).reshape(-1)
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS).tobytes()
 
 
-def distance(a: int, b: int) -> int:
-    """Differing bits of two hashes."""
-    return (a ^ b).bit_count()
+class NearThumbnails:
+    """Finds thumbnails within `levels` of one another by comparing with all: 0.3 ms for a thousand.
 
+    Raises ConfigError for levels that no value has.
+    """
 
-class NearHashes:
-    """Finds hashes within `bits` of one another without comparing all: such two agree in one of bits + 1 bands."""
+    def __init__(self, levels: int = NEAR_LEVELS):
+        if not 0 <= levels < 255:
+            raise ConfigError(f"thumbnails that differ by {levels} levels of 255; give a number from 0 to 254")
+        self.levels = levels
+        self._pixels, self._names = bytearray(), []
 
-    def __init__(self, bits: int = NEAR_BITS):
-        if not 0 <= bits < HASH_BITS:
-            raise ConfigError(f"{bits} differing bits of {HASH_BITS}; give a number from 0 to {HASH_BITS - 1}")
-        self.bits = bits
-        edges = [HASH_BITS * band // (bits + 1) for band in range(bits + 2)]
-        self._bands = [(low, (1 << (high - low)) - 1) for low, high in itertools.pairwise(edges)]
-        self._found: list[dict[int, list[tuple[int, int]]]] = [collections.defaultdict(list) for _ in self._bands]
+    def add(self, value: bytes, name: int) -> None:
+        self._pixels += value
+        self._names.append(name)
 
-    def add(self, value: int, name: int) -> None:
-        for (low, mask), band in zip(self._bands, self._found, strict=True):
-            band[value >> low & mask].append((value, name))
-
-    def near(self, value: int) -> set[int]:
-        """The names of all hashes that were added within `bits` of this one."""
-        return {
-            name
-            for (low, mask), band in zip(self._bands, self._found, strict=True)
-            for other, name in band.get(value >> low & mask, ())
-            if distance(value, other) <= self.bits
-        }
+    def near(self, value: bytes) -> set[int]:
+        """The names of all thumbnails that were added within `levels` of this one."""
+        one = np.frombuffer(value, np.uint8)
+        added = np.frombuffer(self._pixels, np.uint8).reshape(-1, len(one))
+        differ = np.maximum(added, one) - np.minimum(added, one)  # without a sign, uint8 is enough
+        return {self._names[place] for place in np.flatnonzero(differ.max(axis=1) <= self.levels)}
 
 
 def normalised(text: str) -> str:
@@ -73,15 +69,15 @@ def without_duplicates(keys: Sequence[Hashable]) -> list[int]:
 
 
 def without_near_duplicates(
-    keys: Sequence[Hashable], hashes: Sequence[Sequence[int]], bits: int = NEAR_BITS
+    keys: Sequence[Hashable], thumbnails: Sequence[Sequence[bytes]], levels: int = NEAR_LEVELS
 ) -> list[int]:
     """Those that are not, in every image, near one of the same key that stays.
 
     keys: of what else must agree, prompt and criterion: the same picture with another instruction is another example.
-    hashes: the perceptual hashes of each one's images.
+    thumbnails: of each one's images. The time grows with the square of the number of examples that share a key.
     """
-    kept, known = [], collections.defaultdict(lambda: NearHashes(bits))
-    for index, (key, images) in enumerate(zip(keys, hashes, strict=True)):
+    kept, known = [], collections.defaultdict(lambda: NearThumbnails(levels))
+    for index, (key, images) in enumerate(zip(keys, thumbnails, strict=True)):
         group = [known[key, len(images), place] for place in range(len(images))]
         near = [places.near(value) for places, value in zip(group, images, strict=True)]
         if near and set.intersection(*near):
@@ -93,17 +89,17 @@ def without_near_duplicates(
 
 
 class Benchmark:
-    """What must not be trained on. images: perceptual hashes of a benchmark's images; prompts: its prompts."""
+    """What must not be trained on. images: thumbnails of a benchmark's images; prompts: its prompts."""
 
-    def __init__(self, images: Iterable[int], prompts: Iterable[str], bits: int = NEAR_BITS):
-        self._images = NearHashes(bits)
+    def __init__(self, images: Iterable[bytes], prompts: Iterable[str], levels: int = NEAR_LEVELS):
+        self._images = NearThumbnails(levels)
         for number, value in enumerate(images):
             self._images.add(value, number)
         self._prompts = {normalised(prompt) for prompt in prompts}
 
-    def leak(self, prompt: str, hashes: Sequence[int]) -> str | None:
+    def leak(self, prompt: str, thumbnails: Sequence[bytes]) -> str | None:
         """ "image" or "prompt" where one of them is the benchmark's, None otherwise."""
-        if any(self._images.near(value) for value in hashes):
+        if any(self._images.near(value) for value in thumbnails):
             return "image"
         return "prompt" if normalised(prompt) in self._prompts else None
 
@@ -125,7 +121,7 @@ _PRAISE = re.compile(
 
 
 def contradicts(score: int, reason: str) -> bool:
-    """Whether a reason speaks against its score: a heuristic on words, for the ends of the scale alone.
+    """Whether a reason speaks against its score: a heuristic on English words, for the ends of the scale alone.
 
     A 5 whose reason names a fault ("missing", "wrong", "fails", "not present" and the like, unless a negation stands
     at most four words before it: "nothing is missing"), or a 1 whose reason only praises ("perfectly", "all
