@@ -267,7 +267,8 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "`kill -9` at any moment between two answers, or a disk that takes no more",
             "What was answered is kept, with its cost, in one transaction forced to the disk, and never asked again. "
             "The answers end equal to an uninterrupted run's. A try on its way may have been billed: it counts as "
-            "lost, at the most that it may have cost.",
+            "lost, at the most that it may have cost. A power failure takes no answer either, but can take with it "
+            "that tries had begun since the last one.",
         ),
         "teacher-budget": Fault(
             "The money or the tokens of the budget run out",
@@ -285,6 +286,12 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "damaged or outside the data's folder",
             "The teacher is asked once to write its answer again, without new judgement; what still cannot be read is "
             "set aside, counted by stage and reason. No score is made up, and no later stage is asked.",
+        ),
+        "teacher-workers": Fault(
+            "Curation on Ray: a worker dies, the driver is killed, a machine is cut off, workers ask the same at once",
+            "One ledger for all workers: a question is asked by one of them, and the table is the embedded engine's. "
+            "What a dead worker had on its way counts as lost and is asked again; nothing done is. A worker that was "
+            "replaced can neither ask nor settle any more.",
         ),
         "teacher-two-processes": Fault(
             "Two processes use one ledger, or the file is no ledger",

@@ -4,7 +4,7 @@ import asyncio
 import collections
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ BAD_RECORD = "bad_record"  # its text or images cannot be shown
 SILENT = 50  # calls in a row without an answer after which a teacher is taken to be gone
 HASHES = 65_536  # of image files that are remembered
 _REPAIR = template("repair")
-# How models begin when they decline in plain text. Looked for only in answers that cannot be read.
+# How models begin when they decline in plain English: a heuristic on words, looked for only in answers that cannot be
+# read. Another way to decline counts as UNREADABLE, after it was asked to be written again; neither becomes an example.
 _DECLINES = re.compile(
     r"\W*(?:(?:i'?m|i am) (?:so |very )?sorry|sorry\b|(?:i |we )(?:can'?t|cannot|can not|won'?t|will not|am unable|"
     r"'?m unable|must decline|decline)|as an ai\b)",
@@ -44,15 +45,7 @@ class Engine:
     def __init__(
         self, stages: Sequence[Stage], teachers: Mapping[str, Teacher], ledger: Ledger, root, *, concurrency: int = 64
     ):
-        known: set[str] = set()
-        for stage in stages:
-            if stage.teacher not in teachers:
-                raise ConfigError(
-                    f"stage {stage.name!r} asks a {stage.teacher}, and none is set: {', '.join(teachers)}"
-                )
-            if stage.name in known or not known >= set(stage.needs):
-                raise ConfigError(f"stage {stage.name!r} is there twice, or comes before one of {stage.needs}")
-            known.add(stage.name)
+        check_stages(stages, teachers)
         self.stages, self.teachers, self.ledger, self.root = tuple(stages), teachers, ledger, Path(root)
         self.concurrency = concurrency
         self.missing: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -73,7 +66,7 @@ class Engine:
 
         async def one(record: Record) -> Outcome:
             async with gate:
-                return await self._record(record)
+                return await self.outcome(record)
 
         try:
             for record in records:
@@ -94,7 +87,8 @@ class Engine:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
 
-    async def _record(self, record: Record) -> Outcome:
+    async def outcome(self, record: Record) -> Outcome:
+        """The outcome of one record. Raises as `run` does."""
         outcome = Outcome(record)
         try:
             _check_record(record)
@@ -204,6 +198,17 @@ class Engine:
                 f"image {image!r} has changed since it was first read. Leave the data as it is during a run."
             )
         return Picture(to_pixels(decode_image(content, image)), digest)
+
+
+def check_stages(stages: Sequence[Stage], teachers: Collection[str]) -> None:
+    """Raises ConfigError for a stage whose teacher is not there, or that needs one not before it."""
+    known: set[str] = set()
+    for stage in stages:
+        if stage.teacher not in teachers:
+            raise ConfigError(f"stage {stage.name!r} asks a {stage.teacher}, and none is set: {', '.join(teachers)}")
+        if stage.name in known or not known >= set(stage.needs):
+            raise ConfigError(f"stage {stage.name!r} is there twice, or comes before one of {stage.needs}")
+        known.add(stage.name)
 
 
 def _check_record(record: Record) -> None:
