@@ -1,8 +1,9 @@
 """Teachers for workers on Ray, where each is another process: the bill is a file, and a worker can be made to die.
 
-    python ray_world.py FOLDER LEDGER BILLS
+    python ray_world.py FOLDER LEDGER BILLS RAY
 
-curates the folder's records on a local Ray and writes what was found to FOLDER/found.json; to be killed at any moment.
+curates the folder's records on a local Ray, whose files are in RAY, and writes what was found to FOLDER/found.json; to
+be killed at any moment.
 """
 
 import asyncio
@@ -10,7 +11,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import curation_world as world
@@ -28,12 +28,12 @@ EDIT = difference_first.stages(world.RUBRICS)
 HERE = Path(__file__).parent
 
 
-def start() -> None:
-    """A local Ray of two CPUs; its folder's name is short, for sockets have short names."""
+def start(folder: str) -> None:
+    """A local Ray of two CPUs. The folder's name must be short: sockets have short names."""
     os.environ.update(PYTHONPATH=f"{HERE.parent}:{HERE}", JAX_PLATFORMS="cpu", RAY_USAGE_STATS_ENABLED="0")
     ray.init(
         num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False,
-        _temp_dir=tempfile.mkdtemp(prefix="ray", dir="/tmp"),
+        _temp_dir=folder,
     )  # fmt: skip
 
 
@@ -77,8 +77,8 @@ def written(found) -> str:
 
 
 if __name__ == "__main__":
-    place, book, sheet = sys.argv[1:]
-    start()
+    place, book, sheet, short = sys.argv[1:]
+    start(short)
     asked = records(Path(place))
     Path(place, "found.json").write_text(
         written(asyncio.run(collect(engine(EDIT, book, place, sheet, None, 0.05), asked)))
