@@ -19,7 +19,7 @@ from firm_jax.curation import difference_first, mismatch, plan_then_score
 from firm_jax.curation import engine as engines
 from firm_jax.curation.ledger import Budget, Ledger
 from firm_jax.curation.stage import FOLDER, Record, Stage, Unreadable, fill, template
-from firm_jax.data.conversations import ConversationFile
+from firm_jax.data.conversations import load_conversations
 from firm_jax.errors import BudgetError, ConfigError, CriticError
 
 GEN = plan_then_score.stages(RUBRICS["alignment"])
@@ -313,7 +313,7 @@ def test_a_critic_learns_the_answer_without_what_the_teacher_knew(tmp_path):
         parse = parse_alignment if one.criterion == "alignment" else parse_edit
         assert parse(one.answer).scores == (one.score,) and parse(one.answer).reason == one.reason
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(one.to_json()) + "\n" for one in found))
-    read = ConversationFile(tmp_path / "train.jsonl")
+    read = load_conversations(tmp_path / "train.jsonl")
     assert [(one.prompt, one.answer, len(one.images)) for one in read] == [
         (one.question, one.answer, len(one.images)) for one in found
     ]
