@@ -2,9 +2,10 @@
 
 The same command started again in the same workdir continues the run. Exit codes: 0 done; 2 something to put right,
 said in one message; 75 stopped by SIGTERM or Ctrl-C with everything saved, start again to continue: the RL job stops
-between two parts of a phase, as it was at the start of its epoch, the benchmark at once, other jobs at the end of
-theirs, and all of them at once before they have begun; 76 another process of the run is gone, start all again to
-continue. A second signal ends the process at once (143 or 130) and loses what was done since the last checkpoint.
+between two parts of a phase, as it was at the start of its epoch, the benchmark at once, a critic's training between
+two steps, other jobs at the end of their epoch, and all of them at once before they have begun; 76 another process of
+the run is gone, start all again to continue. A second signal ends the process at once (143 or 130) and loses what was
+done since the last checkpoint.
 
 `python main.py --config configs/gen_qma.py --plan v5e:4x4` compiles the job for that TPU slice, `--plan h100:8` for
 those GPUs, on any machine and without weights or a workdir, and prints what it needs of each and whether it fits.

@@ -189,10 +189,20 @@ def critic_gen() -> ConfigDict:
     config.train.verdict_weight = 8.0  # or they drown in words that are easily guessed
     config.train.lengths = (96, 144, 192)  # of quality, and of most and of all alignment examples, in tokens
     config.train.update({"compute_dtype": "float32", "stored_dtype": "float16", "remat": "full"})
+    config.train.update({"param_dtype": "float32", "moment_dtype": "float32"})
+    config.train.update({"examples_per_device": 8, "report_every": 1.0, "packing": False, "packed_images": 0})
+    config.tune = {"vision": True, "projector": True, "language": True}
+    config.tune.update({f"{part}_learning_rate": config_dict.placeholder(float) for part in config.tune})
+    config.lora = {"rank": 0, "alpha": 0.0, "targets": ()}
     config.critic = {"model": config_dict.placeholder(str), "rubrics": config_dict.placeholder(str)}
     config.data = {"source": "shapes", "held_out": config_dict.placeholder(str), "examples": 40_000}
     config.data.update({"samples": config_dict.placeholder(str), "samples_share": 0.3})
+    config.data.update({"held_out_share": 0.0, "image_folder": config_dict.placeholder(str), "max_bad_fraction": 0.001})
+    parts = ("messages", "images", "criterion", "id")
+    config.data.columns = {part: config_dict.placeholder(str) for part in parts}
     config.eval.update({"every": 6, "examples": 256, "batch_size": 128, "max_new_tokens": 128})
+    config.data.max_pixels = config.eval.answers = config_dict.placeholder(int)
+    config.eval.update({"bench": config_dict.placeholder(str), "bench_task": "gen"})
     config.miniature = {
         "base": config_dict.placeholder(str),  # a critic of these sizes whose weights it starts with
         "vocab_size": 800,
@@ -234,7 +244,7 @@ def critic_gen() -> ConfigDict:
 def critic_edit() -> ConfigDict:
     """A Qwen3-VL critic of edited pictures, from the shipped critic of generated ones, which can see already."""
     config = critic_gen()
-    config.data.source = "shapes_edits"
+    config.data.source, config.eval.bench_task = "shapes_edits", "edit"
     config.miniature.base = "embedded:critic_gen"
     config.train.lengths = (176, 192, 224)  # of a quarter, of half and of all examples, in tokens
     return config
@@ -246,6 +256,7 @@ def critic_vision() -> ConfigDict:
     config.job = "critic_vision"
     train = {"epochs": 6, "steps_per_epoch": 150, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.99}
     config.train = ConfigDict(_job("").train)
+    del config.tune, config.lora
     config.train.update(train)
     config.eval.update({"every": 1, "examples": 512})
     return config

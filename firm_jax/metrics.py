@@ -22,12 +22,14 @@ HEADLINES = (
     "eval/oracle_fraction",
     "eval/oracle_accuracy",
     "eval/loss",
+    "eval/mae",
     "eval/psnr",
     "loss/total",
     "loss/policy",
     "grad/norm",
     "critic/failure_rate",
     "throughput/images_per_s",
+    "throughput/examples_per_s",
 )
 
 
@@ -154,7 +156,7 @@ class MetricWriter:
         self._first_step = None
         self._lines = JsonLines(Path(workdir) / "metrics.jsonl") if enabled else None
 
-    def write(self, step: int, epoch: int, metrics: dict[str, Any]) -> dict[str, float | int | str | None]:
+    def write(self, step: int, epoch: float, metrics: dict[str, Any]) -> dict[str, float | int | str | None]:
         """Write one line. Values are numbers, scalar arrays, strings or None. Returns them as plain Python."""
         fetched = jax.device_get(metrics)
         if arrays := [name for name, value in fetched.items() if np.ndim(value)]:
@@ -163,7 +165,7 @@ class MetricWriter:
         non_finite = [name for name, value in values.items() if value is None and fetched[name] is not None]
         if not self.enabled:
             return values
-        line = {"step": int(step), "epoch": int(epoch), "time": round(time.time(), 3), **values}
+        line = {"step": int(step), "epoch": _epoch(epoch), "time": round(time.time(), 3), **values}
         self._lines.append(line | ({"non_finite": non_finite} if non_finite else {}))
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._open_events().scalars(numbers, int(step))
@@ -210,6 +212,10 @@ def headline(metrics: dict[str, Any]) -> str:
     """The metrics that matter most, on one line: `reward/mean 0.512  loss/total 0.0312`."""
     shown = [(name, metrics.get(name)) for name in HEADLINES]
     return "  ".join(f"{name} {value:.4g}" for name, value in shown if isinstance(value, int | float))
+
+
+def _epoch(epoch: float) -> int | float:
+    return int(epoch) if epoch == int(epoch) else round(float(epoch), 4)
 
 
 def _json_value(value: Any) -> Any:

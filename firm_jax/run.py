@@ -15,6 +15,7 @@ A trainer is its step and its data; the rest is here:
 
 import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -47,6 +48,11 @@ STOPPED_EXIT_CODE = 75
 REFUSED = -1  # in place of a start's number: the folder is another run's
 
 
+def due(every: float, epoch: float, before: float) -> bool:
+    """Whether a multiple of `every` epochs lies after `before` and not after `epoch`; never for 0."""
+    return every > 0 and math.floor(epoch / every + 1e-6) > math.floor(before / every + 1e-6)
+
+
 class Stopped(Exception):
     """SIGTERM or SIGINT was seen and what there is to save is saved. `main.py` ends with STOPPED_EXIT_CODE."""
 
@@ -59,13 +65,13 @@ class Restored:
         state: The pytree that was saved.
         data: The JSON object that the data pipeline gave at saving.
         step: Optimizer updates done.
-        epoch: Epochs done; the next one has this number, counted from 0.
+        epoch: Epochs done, a fraction within one; the next one has this number, counted from 0.
     """
 
     state: Any
     data: Any
     step: int
-    epoch: int
+    epoch: float
 
 
 class Run:
@@ -100,6 +106,7 @@ class Run:
         self._begun = False
         self._held: dict[str, Any] | None = None
         self._lengths_before: dict[str, int] | None = None
+        self._ended: float = 0  # the epoch that ended last
         self._timers = PhaseTimers()
 
     def __enter__(self) -> "Run":
@@ -183,10 +190,11 @@ class Run:
         if changed := [f"{k} {v} -> {_versions()[k]}" for k, v in meta["versions"].items() if v != _versions()[k]]:
             logging.warning("continuing on another system, bits may differ: %s", ", ".join(changed))
         self._rewind(meta["lengths"], checkpoint.step, meta["epoch"])
-        self.say(f"continuing from checkpoint {checkpoint.step} ({meta['epoch']} epochs done)")
+        self._ended = meta["epoch"]
+        self.say(f"continuing from checkpoint {checkpoint.step} ({meta['epoch']:.4g} epochs done)")
         return Restored(checkpoint.state, checkpoint.data, meta["step"], meta["epoch"])
 
-    def save(self, state: Any, data: Any = None, *, step: int, epoch: int) -> None:
+    def save(self, state: Any, data: Any = None, *, step: int, epoch: float) -> None:
         """Save in the background; the arrays of `state` may be donated as soon as this returns.
 
         Called within an iteration of `loop`, before its `safe_point`, it does not count what the iteration has written
@@ -194,16 +202,16 @@ class Run:
 
         Args:
             state: Pytree of jax arrays: everything that the rest of the run depends on.
-            data: JSON: where the data pipeline stands.
+            data: JSON: where the data pipeline stands; or a function that returns it, for what is costly to have.
             step: Optimizer updates done; grows from save to save.
-            epoch: Epochs done.
+            epoch: Epochs done; a fraction within one.
 
         Raises:
             CheckpointError: This save cannot start or the previous one failed; earlier checkpoints are intact.
         """
         meta = {
             "step": int(step),
-            "epoch": int(epoch),
+            "epoch": epoch if isinstance(epoch, float) else int(epoch),
             "config": self._plain_config,
             "base_weights": self.base_weights,
             "versions": _versions(),
@@ -213,7 +221,7 @@ class Run:
             if self.is_main:
                 self._metrics.sync()
                 self._judgements.sync()
-            self._checkpointer.save(int(step), state, data, meta)
+            self._checkpointer.save(int(step), state, data() if callable(data) else data, meta)
 
     def hold(self, state: Any, data: Any = None, *, step: int, epoch: int) -> None:
         """To be called first in an iteration: from here to its `safe_point` the run can go back to this, and be saved.
@@ -227,26 +235,28 @@ class Run:
         """Save the run as it was when `hold` was called."""
         self.save(**self._held)
 
-    def safe_point(self, state: Any, data: Any = None, *, step: int, epoch: int, epoch_ends: bool = True) -> None:
+    def safe_point(self, state: Any, data: Any = None, *, step: int, epoch: float, epoch_ends: bool = True) -> None:
         """To be called where `state` and `data` are consistent: saves when it is time, stops when asked to.
 
-        Time is every `checkpoint.every` epochs (0: never) and after the last one.
+        Time is every `checkpoint.every` epochs (0: never) and after the last one, where an epoch, or a part of it that
+        the trainer tells of, ends (`epoch_ends`).
 
         Raises:
             Stopped: SIGTERM or SIGINT was seen; the state is saved.
             CheckpointError: As for `save`, or a save in the background has failed.
         """
         self._lengths_before = self._held = None
-        every, last = self.config.checkpoint.every, self.config.train.epochs
-        due = epoch_ends and (epoch == last or (every > 0 and epoch % every == 0))
-        stop = self.should_stop()
-        if due or stop:
+        save = stop = self.should_stop()
+        if epoch_ends:
+            save |= epoch == self.config.train.epochs or due(self.config.checkpoint.every, epoch, self._ended)
+            self._ended = epoch
+        if save:
             with self.timer("checkpoint"):
                 self.save(state, data, step=step, epoch=epoch)
         if stop:
             self._checkpointer.wait()
             raise Stopped(
-                f"stopped on request after {epoch} epochs, saved in {self.workdir}; the same command continues"
+                f"stopped on request after {epoch:.4g} epochs, saved in {self.workdir}; the same command continues"
             )
         self._checkpointer.check()
 
@@ -271,12 +281,12 @@ class Run:
         """Time a phase of an iteration: `time/<phase>` in the next `log`, and a name in the profile."""
         return self._timers.measure(phase)
 
-    def log(self, step: int, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    def log(self, step: int, epoch: float, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write metrics (numbers, scalar arrays or None) with the phase times since the last call; print one line.
 
         Args:
             step: Optimizer updates done.
-            epoch: Epochs done.
+            epoch: Epochs done; a fraction within one.
 
         Returns:
             The metrics as plain Python numbers, None for what is unknown or not finite.
@@ -285,7 +295,7 @@ class Run:
         with storage.limited(f"writing in {self.workdir}"):
             damaged = {"checkpoint/damaged": len(self._checkpointer.damaged())} if self.is_main else {}
             values = self._metrics.write(step, epoch, metrics | damaged | times)
-        self.say(f"epoch {epoch}  step {step}  {headline(values)}  {times['time/wall']:.1f} s")
+        self.say(f"epoch {epoch:.6g}  step {step}  {headline(values)}  {times['time/wall']:.1f} s")
         return values
 
     def say(self, line: str) -> None:

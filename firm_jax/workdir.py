@@ -19,6 +19,8 @@ from firm_jax.errors import ConfigError, WorkdirError
 # is computed. (Another mesh computes the same numbers up to floating-point order.)
 MAY_CHANGE = (
     "train.epochs",
+    "train.report_every",
+    "train.examples_per_device",
     "train.max_skipped_updates",
     "critic.max_failure_rate",
     "critic.endpoints",  # who answers there is pinned, not where

@@ -155,6 +155,16 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "A conversation of more tokens than a critic is trained on",
             "Set aside with its number of tokens when the file is read, and never cut.",
         ),
+        "half-broken-dataset": Fault(
+            "Half of the conversations that a critic is to be trained on cannot be used",
+            "Refused before anything is trained, with their number and an example of each reason; all of them are in "
+            "the run's `quarantine.jsonl`. A share that is allowed, `data.max_bad_fraction`, is left out.",
+        ),
+        "other-critic-folder": Fault(
+            "A critic's training starts from a folder of another architecture, or whose weights are missing or of "
+            "other sizes",
+            "Refused before the data is read; the folder and what it holds are named.",
+        ),
         "escaping-path": Fault(
             "A path in a record leaves its folder: dot-dot, absolute, symbolic link, NUL, URL",
             "Refused; nothing outside the folder is opened.",

@@ -15,7 +15,8 @@ from firm_jax import models
 from firm_jax.critic import packing
 from firm_jax.critic.packing import PackedBatches, Sizes, collate_packed, measure
 from firm_jax.critic.processing import Processor, collate, image_table
-from firm_jax.critic.sft import on_mesh, read_scores, sft_loss
+from firm_jax.critic.sft import sft_loss
+from firm_jax.critic.sft_data import on_mesh, read_scores
 from firm_jax.data.conversations import Conversation
 from firm_jax.errors import DataError
 

@@ -6,7 +6,7 @@ import pytest
 
 from firm_jax.critic.parse import parse_edit
 from firm_jax.critic.rubric import rubrics_from
-from firm_jax.critic.sft import VERDICT, read_scores
+from firm_jax.critic.sft_data import VERDICT, read_scores
 from firm_jax.data.edits import load_edits
 from firm_jax.data.images import to_array
 from firm_jax.embedded import embedded_path

@@ -5,7 +5,7 @@ import pytest
 
 from firm_jax import Critic, Generator
 from firm_jax.critic.rubric import rubrics_from
-from firm_jax.critic.sft import score_errors
+from firm_jax.critic.sft_eval import score_errors
 from firm_jax.embedded import embedded_path
 from firm_jax.shapes import edit_oracle, edit_teach, oracle
 from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations

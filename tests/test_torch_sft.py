@@ -16,7 +16,9 @@ from transformers import Qwen3VLForConditionalGeneration, Trainer, get_cosine_sc
 from firm_jax import models  # noqa: E402
 from firm_jax.critic.packing import PackedBatches, measure  # noqa: E402
 from firm_jax.critic.processing import Processor, collate, image_table  # noqa: E402
-from firm_jax.critic.sft import make_optimizer, on_mesh, read_scores, sft_loss  # noqa: E402
+from firm_jax.critic.sft import sft_loss  # noqa: E402
+from firm_jax.critic.sft_data import on_mesh, read_scores  # noqa: E402
+from firm_jax.critic.tuning import PARTS, make_optimizer  # noqa: E402
 from firm_jax.data.conversations import Conversation  # noqa: E402
 from firm_jax.interop.mapping import SAME_NAMES, tensors, to_torch  # noqa: E402
 from firm_jax.sharding import path_name  # noqa: E402
@@ -120,13 +122,12 @@ def test_transformers_own_batches_have_the_same_loss(critic, expected, form):
 def test_the_optimizer_takes_pytorchs_steps(critic):
     """AdamW behind clipping on HF Trainer's schedule and weight-decay groups, six steps: three of the warm-up.
 
-    Both sides get our gradients: an element that is zero but for rounding would send Adam either way. Three differences
-    from HF Trainer remain. It rounds the number of warm-up steps up and we round it down (here it is whole); PyTorch's
-    clipping divides by the norm + 1e-6; its Adam has b2 = 0.999 unless told otherwise, ours what the config says.
+    Both sides get our gradients: an element that is zero but for rounding would send Adam either way. Two differences
+    from HF Trainer remain: PyTorch's clipping divides by the norm + 1e-6; its Adam has b2 = 0.999 unless told
+    otherwise, ours what the config says.
     """
     train = SimpleNamespace(
-        epochs=2, steps_per_epoch=5, warmup_ratio=0.3, learning_rate=1e-2, max_grad_norm=0.5, b1=0.9, b2=0.98,
-        weight_decay=0.3,
+        warmup_ratio=0.3, learning_rate=1e-2, max_grad_norm=0.5, b1=0.9, b2=0.98, weight_decay=0.3
     )  # fmt: skip
     model = copy.deepcopy(critic.reference)
     theirs = dict(model.named_parameters())
@@ -139,7 +140,7 @@ def test_the_optimizer_takes_pytorchs_steps(critic):
     adam = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.b1, train.b2), eps=1e-8)
     schedule = get_cosine_schedule_with_warmup(adam, num_warmup_steps=3, num_training_steps=10)
 
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, dict.fromkeys(PARTS, train.learning_rate), 10)
     update = jax.jit(optimizer.update)
     params, state = critic.params, optimizer.init(critic.params)
     rates = []

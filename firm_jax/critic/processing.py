@@ -81,15 +81,22 @@ def lay_out(parts: list[list[int] | PatchedImage], image_token: int, merge: int)
 
 
 class Processor:
-    """Tokenizer and image settings of one Qwen3-VL folder.
+    """Tokenizer and image settings of one Qwen3-VL folder; `max_pixels` in the place of the folder's limit.
 
     Raises WeightsError when tokenizer.json or the image processor's file is missing, ConfigError when the tokenizer
     lacks a token that the chat template needs.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, max_pixels: int | None = None):
         self.folder = Path(folder)
         self.images = ImageConfig.from_folder(self.folder)
+        if max_pixels is not None:
+            if max_pixels < self.images.min_pixels:
+                raise ConfigError(
+                    f"data.max_pixels = {max_pixels} is below the {self.images.min_pixels} pixels that {self.folder} "
+                    "enlarges every image to"
+                )
+            self.images = replace(self.images, max_pixels=max_pixels)
         file = self.folder / "tokenizer.json"
         if not file.exists():
             raise WeightsError(f"{self.folder} has no tokenizer.json: copy it from the model the folder was made from")

@@ -1,13 +1,12 @@
 """Supervised fine-tuning of a critic: cross-entropy on the assistant's turn, measured by the scores it then gives.
 
-Which examples make up step `i` follows from the seed and `i`, so a resumed run sees what an uninterrupted one would
-have seen, and the step is all the data state there is.
+The step is a pure function `update(frozen, state, batch)`: what is trained lies in `state`, what is not beside it
+(`tuning.Tuning` parts them), and a batch comes in micro-batches whose gradients are added up (`sft_data.Batches`).
 """
 
-import re
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,332 +17,266 @@ import optax
 from flax import nnx
 
 from firm_jax import models
-from firm_jax.critic.decode import shard_positions
-from firm_jax.critic.parse import Parsed, parse_alignment, parse_quality
-from firm_jax.critic.processing import Processor, Sequence, collate, image_table
-from firm_jax.critic.rubric import Rubric, rubrics_from
-from firm_jax.critic.score import Critic, end_tokens, served_rubrics
-from firm_jax.data.conversations import Conversation, Conversations, load_conversations
-from firm_jax.data.records import MalformedRecord
-from firm_jax.errors import ConfigError, DataError, NonFiniteError
+from firm_jax.critic.processing import Processor
+from firm_jax.critic.rubric import Rubric
+from firm_jax.critic.score import served_rubrics
+from firm_jax.critic.sft_data import (
+    Batches,
+    ahead,
+    micro_batches,
+    on_mesh,
+    rubrics_of,
+    sources,
+    training_batches,
+)
+from firm_jax.critic.sft_eval import Evaluator
+from firm_jax.critic.tuning import Tuning, cast, cast_like, learning_rates, make_optimizer
+from firm_jax.data.patches import limit_pixels
+from firm_jax.errors import ConfigError, NonFiniteError
 from firm_jax.interop.hub import identity, resolve
-from firm_jax.mesh import batch_size, make_mesh, shard_batch
-from firm_jax.run import Run
-from firm_jax.shapes import edit_teach, teach
-from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations
+from firm_jax.interop.lora_formats import adapter_of, write_peft
+from firm_jax.mesh import batch_size, make_mesh, to_host
+from firm_jax.models.qwen3_vl import Qwen3VL
+from firm_jax.run import Run, due
 from firm_jax.shapes.critic_folder import write_critic_folder
-from firm_jax.sharding import path_name
 
-# `data.source` -> the shapes world's examples of that kind, and the rubrics that they answer.
-SHAPES = {
-    "shapes": (ShapesConversations, teach.RUBRICS),
-    "shapes_edits": (ShapesEditConversations, edit_teach.RUBRICS),
-}
 # What a trained critic's folder takes over from the one it was made from.
 COMPANIONS = ("tokenizer*.json", "vocab.json", "merges.txt", "*preprocessor_config.json", "processor_config.json")
 COMPANIONS += ("generation_config.json", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
 
-# On a requirement, at the end of its line; on one of the differences between two pictures, at the end of its clause.
-VERDICT = re.compile(r"\b(yes|no|fine|significant|minor)(?=$|;)", re.MULTILINE)
-WINDOW = 16  # batches that are sorted by length together
+# What a random key is for; each purpose has its own stream below the run's one root key.
+LORA, ROUNDING = range(2)
 
 
-def read_scores(answer: str) -> Parsed:
-    """The scores in an answer of any rubric: three in JSON, or one, boxed or in JSON."""
-    three = parse_quality(answer)
-    return three if three.scores else parse_alignment(answer)
+# The step
 
 
-def sft_loss(graphdef, params, batch, *, verdict_weight: float = 1.0, remat: str = "none"):
-    """Mean cross-entropy over the tokens of the assistant's turns, verdicts counting `verdict_weight` times.
+def sft_sums(graphdef, params, batch, *, lora=None, verdict_weight: float = 1.0, remat: str = "none") -> dict:
+    """The cross-entropy over the tokens of the assistant's turns, as sums; verdicts count `verdict_weight` times.
 
-    batch: what `collate` returns, with the image table's `patches` and `grids`. Returns the scalar and
-    {"loss/total", "loss/score"}: the latter over the tokens that hold a score, NaN in a batch without any.
+    batch: what `collate` returns, with the image table's `patches` and `grids`. lora: adapters beside the parameters,
+    their strength folded in. Returns float32 scalars: `loss` and the `weight` to divide it by, `score_loss` and
+    `score_tokens`, those that hold a score.
     """
     model = nnx.merge(graphdef, params)
     deepstack = None
     if "patches" in batch:
-        vision = model.encode_images(batch["patches"], batch["grids"], remat=remat)
+        vision = model.encode_images(batch["patches"], batch["grids"], lora=lora, remat=remat)
         embeddings, deepstack = model.splice(batch["ids"], *vision, batch["image_index"])
     else:
         embeddings = model.language_model.embed_tokens(batch["ids"])
-    hidden, _ = model(embeddings, batch["positions"], batch["segments"], deepstack=deepstack, remat=remat)
+    hidden, _ = model(
+        embeddings, batch["positions"], batch["segments"], deepstack=deepstack, lora=lora, remat=remat
+    )  # fmt: skip
     logits = model.logits(hidden[:, :-1])
     labels, targets = batch["ids"][:, 1:], batch["targets"][:, 1:]
     # A masked sum in the place of a gather: it stays local where the vocabulary is split over devices.
     chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.where(chosen, logits, 0).sum(-1)
-    weights = jnp.where(targets == 3, verdict_weight, (targets > 0).astype(losses.dtype))
-    total = (weights * losses).sum() / weights.sum()
-    score = jnp.where(targets == 2, losses, 0).sum() / (targets == 2).sum()
-    return total, {"loss/total": total, "loss/score": score}
+    weights = token_weights(targets, verdict_weight)
+    return {
+        "loss": (weights * losses).sum(),
+        "weight": weights.sum(),
+        "score_loss": jnp.where(targets == 2, losses, 0).sum(),
+        "score_tokens": (targets == 2).sum().astype(jnp.float32),
+    }
 
 
-def make_optimizer(train) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping, on a cosine with linear warm-up, from the keys of `config.train`.
+def token_weights(targets, verdict_weight: float):
+    """How often each token counts, float32, by `targets` as `collate` returns them."""
+    return jnp.where(targets == 3, verdict_weight, (targets > 0).astype(jnp.float32))
 
-    Weight decay spares norms and biases.
+
+def sft_loss(graphdef, params, batch, **options):
+    """The mean of `sft_sums` over one batch, not in micro-batches: the scalar and {"loss/total", "loss/score"}.
+
+    The latter is over the tokens that hold a score, NaN in a batch without any.
     """
-    steps = train.epochs * train.steps_per_epoch
-    warmup = int(train.warmup_ratio * steps)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, max(steps, 1))
-
-    def decayed(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path_name(path).endswith((".kernel", ".embedding")), params
-        )
-
-    return optax.chain(
-        optax.clip_by_global_norm(train.max_grad_norm),
-        optax.adamw(schedule, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=decayed),
-    )
+    sums = sft_sums(graphdef, params, batch, **options)
+    total = sums["loss"] / sums["weight"]
+    return total, {"loss/total": total, "loss/score": sums["score_loss"] / sums["score_tokens"]}
 
 
-def init_state(optimizer, params) -> dict:
-    """Parameters, the optimizer's state split as they are, and the number of steps done."""
-    return jax.jit(lambda params: {"params": params, "optimizer": optimizer.init(params), "step": jnp.int32(0)})(params)
+def init_state(optimizer, trained, moment_dtype: str = "float32") -> dict:
+    """What is trained, the optimizer's state split as it is, and the number of steps done."""
+
+    @jax.jit
+    def init(trained):
+        moments = cast(optimizer.init(cast(trained, jnp.float32)), moment_dtype)
+        return {"params": trained, "optimizer": moments, "step": jnp.int32(0)}
+
+    return init(trained)
 
 
-def make_update(graphdef, optimizer, *, compute_dtype, verdict_weight: float = 1.0, remat: str):
-    """The jitted step `(state, batch) -> (state, metrics)`; a step that is not finite leaves the state as it was."""
+def make_update(
+    graphdef, tuning: Tuning, optimizer, *, compute_dtype, remat: str, verdict_weight: float = 1.0, key=None
+) -> Callable:
+    """The jitted step `(frozen, state, batch) -> (state, metrics)`; one that is not finite leaves the state as it was.
 
-    def loss(params, batch):
-        params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        return sft_loss(graphdef, params, batch, verdict_weight=verdict_weight, remat=remat)
+    batch: micro-batches, as `Batches` makes them. The gradient is that of the mean over all their tokens, however they
+    are divided. The network computes in `compute_dtype`; gradients are added up, and the optimizer computes, in
+    float32. key: of the rounding of what is held in bfloat16.
+    """
+    key = jax.random.key(0) if key is None else key
+
+    def loss(trained, frozen, weight, part):
+        params, lora = tuning.join(trained, frozen)
+        sums = sft_sums(graphdef, params, part, lora=lora, verdict_weight=verdict_weight, remat=remat)
+        return sums["loss"] / weight, sums
+
+    def gradient(trained, frozen, batch):
+        # The first token of a row is predicted from nothing.
+        weight = token_weights(batch["targets"][:, :, 1:], verdict_weight).sum()
+        whole = trained if tuning.lora else cast(trained, compute_dtype)  # layers cast a LoRA themselves
+
+        def micro_batch(total, part):
+            grads, sums = jax.grad(loss, has_aux=True)(whole, frozen, weight, part)
+            return jax.tree.map(lambda sum_, new: sum_ + new.astype(jnp.float32), total, grads), sums
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), whole)
+        grads, sums = jax.lax.scan(micro_batch, zeros, batch)
+        sums = jax.tree.map(jnp.sum, sums)
+        total, score = sums["loss"] / weight, sums["score_loss"] / sums["score_tokens"]
+        return grads, {"loss/total": total, "loss/score": score}
 
     @partial(jax.jit, donate_argnames="state")
-    def update(state, batch):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch)
+    def update(frozen, state, batch):
+        with jax.named_scope("sft_gradient"):
+            grads, metrics = gradient(state["params"], frozen, batch)
         norm = optax.global_norm(grads)
-        changes, optimizer_state = optimizer.update(grads, state["optimizer"], state["params"])
-        new = {
-            "params": optax.apply_updates(state["params"], changes),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        with jax.named_scope("adamw"):
+            before = cast({name: state[name] for name in ("params", "optimizer")}, jnp.float32)
+            changes, moments = optimizer.update(grads, before["optimizer"], before["params"])
+            after = {"params": optax.apply_updates(before["params"], changes), "optimizer": moments}
+            after = cast_like(after, {name: state[name] for name in after}, jax.random.fold_in(key, state["step"]))
+        new = after | {"step": state["step"] + 1}
+        finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm)
         state = jax.tree.map(lambda before, after: jnp.where(finite, after, before), state, new)
         return state, metrics | {"grad/norm": norm}
 
     return update
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Examples as training batches: `batch_size` of about one length, padded to the next of `lengths`."""
+def make_evaluation(graphdef, tuning: Tuning, compute_dtype) -> Callable:
+    """The jitted `(trained, frozen, batch) -> sums` of `sft_sums` over all micro-batches, verdicts counting once."""
 
-    examples: ShapesConversations | Conversations
-    processor: Processor
-    batch_size: int
-    lengths: tuple[int, ...]
-    multiple: int
-    seed: int
+    @jax.jit
+    def evaluate(trained, frozen, batch):
+        params, lora = tuning.join(trained if tuning.lora else cast(trained, compute_dtype), frozen)
+        sums = jax.lax.map(lambda part: sft_sums(graphdef, params, part, lora=lora), batch)
+        return jax.tree.map(jnp.sum, sums)
 
-    def __post_init__(self):
-        if len(self.examples) < self.batch_size:
-            raise DataError(f"{len(self.examples)} examples do not fill one batch of {self.batch_size}")
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.batch_size
-
-    def at(self, step: int) -> dict[str, np.ndarray]:
-        """The arrays of one training step; every pass over the examples has an order of its own.
-
-        WINDOW batches are drawn together and sorted by the length of their texts, then taken in random order.
-        """
-        epoch, place = divmod(step, len(self))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-        window, place = divmod(place, WINDOW)
-        drawn = order[: len(self) * self.batch_size].reshape(len(self), -1)[window * WINDOW :][:WINDOW].reshape(-1)
-        drawn = drawn[np.argsort([self.examples.text_length(int(index)) for index in drawn], kind="stable")]
-        batches = drawn.reshape(-1, self.batch_size)
-        turn = np.random.default_rng([self.seed, epoch, window]).permutation(len(batches))[place]
-        return self.take(batches[turn])
-
-    def take(self, indices) -> dict[str, np.ndarray]:
-        """The arrays of some examples; DataError for one that is longer than the last of `lengths`."""
-        sequences = [self._encode(int(index)) for index in indices]
-        table, rows = image_table(sequences, multiple=self.multiple)
-        merged = table["patches"].shape[1] // self.processor.images.merge_size**2
-        longest = max(map(len, sequences))
-        length = next(length for length in sorted(self.lengths) if length >= longest)
-        batch = collate(sequences, rows, merged, batch=len(sequences), length=length, side="right")
-        return batch | table if rows else batch
-
-    def _encode(self, index: int) -> Sequence:
-        example = self.examples[index]
-        spans, verdicts = read_scores(example.answer).spans or (), [m.span(1) for m in VERDICT.finditer(example.answer)]
-        sequence = self.processor.sequence(
-            example.images, example.prompt, example.answer, scores=spans, verdicts=verdicts
-        )
-        if len(sequence) > max(self.lengths):
-            raise DataError(
-                f"example {index} has {len(sequence)} tokens, more than the last of train.lengths = {self.lengths}; "
-                f"add a greater length, shrink the images, or leave the example out"
-            )
-        return sequence
+    return evaluate
 
 
-def on_mesh(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """A host batch on the mesh, split over its batch axes."""
-    split = shard_batch({name: array for name, array in batch.items() if name != "positions"}, mesh)
-    return split | {"positions": shard_positions(batch["positions"], mesh)}
-
-
-def score_errors(critic: Critic, examples: list[Conversation], max_new_tokens: int, progress=iter) -> dict:
-    """How far the critic's scores are from the answers' on held-out examples, by generation.
-
-    Returns mean absolute error over all scores and per criterion (answers that cannot be read left out), the same of
-    the best constant answer, and the share of unreadable answers.
-    """
-    requests = [{"images": example.images, "text": example.prompt} for example in examples]
-    texts = critic.generate(requests, max_new_tokens, progress)
-    right = [read_scores(example.answer).scores for example in examples]
-    given = [read_scores(text).scores for text in texts]
-    names = [example.criterion for example in examples]
-    usable = [r is not None and g is not None and len(r) == len(g) for r, g in zip(right, given, strict=True)]
-    metrics = {"eval/parse_failure_rate": 1 - float(np.mean(usable))}
-    for name in sorted({"", *names}):
-        rows = [i for i in range(len(examples)) if usable[i] and name in ("", names[i])]
-        suffix = f"_{name}" if name else ""
-        metrics[f"eval/mae{suffix}"] = _mean(
-            [abs(a - b) for i in rows for a, b in zip(right[i], given[i], strict=True)]
-        )
-        lengths = {len(right[i]) for i in rows}
-        if len(lengths) == 1:  # one kind of answer: then the best constant is the median of each score
-            table = np.array([right[i] for i in rows])
-            metrics[f"eval/mae_constant{suffix}"] = float(np.abs(table - np.median(table, axis=0)).mean())
-    return metrics
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+# The job
 
 
 def train(config, workdir: str) -> None:
-    """Train a critic; leaves a transformers folder in `workdir/model`.
+    """Train a critic; leaves a transformers folder in `workdir/model`, and a LoRA beside it in `workdir/adapter`.
 
     Raises ConfigError, WeightsError or DataError before anything is trained, NonFiniteError when a step is.
     """
-    mesh = make_mesh(**config.mesh)
+    mesh, tuning, settings = make_mesh(**config.mesh), Tuning.from_config(config), config.train
     with Run(config, workdir) as run, jax.set_mesh(mesh):
-        rubrics = rubrics_of(config)
-        examples, held_out = sources(config, rubrics)
-        folder = base_folder(config, run, examples)
-        processor = Processor(folder)
-        rubrics = rubrics or served_rubrics(folder)
+        folder, processor, rubrics, examples, held_out = prepare(config, run)
         run.base_weights = {"critic": identity(folder)}
-        graphdef, params = nnx.split(models.from_pretrained(folder, dtype="float32", mesh=mesh))
-        settings = config.train
-        if settings.batch_size % batch_size(mesh):
-            raise ConfigError(f"train.batch_size={settings.batch_size} cannot be split over {batch_size(mesh)} devices")
-        batches, checks = (
-            Batches(source, processor, settings.batch_size, settings.lengths, batch_size(mesh), config.seed)
-            for source in (examples, held_out)
-        )
-        optimizer = make_optimizer(settings)
-        compute_dtype = jnp.dtype(settings.compute_dtype)
+        held_as = settings.compute_dtype if tuning.lora else settings.param_dtype
+        graphdef, params = nnx.split(models.from_pretrained(folder, dtype=held_as, mesh=mesh))
+        tuning = tuning.for_network(params)
+        key = jax.random.key(config.seed)
+        trained, frozen = tuning.first(params, jax.random.fold_in(key, LORA), Qwen3VL.sharding_rules, mesh)
+        frozen, params = cast(frozen, settings.compute_dtype), None
+
+        shape = micro_batches(settings.batch_size, settings.examples_per_device, batch_size(mesh))
+        bar = partial(run.progress, description="packing")
+        batches = training_batches(examples, processor, settings, shape, config.seed, bar)
+        checks = Batches(held_out, processor, settings.batch_size, tuple(settings.lengths), shape, config.seed)
+        steps_per_epoch = settings.steps_per_epoch or len(batches)
+        steps = settings.epochs * steps_per_epoch
+        optimizer = make_optimizer(settings, learning_rates(config), steps)
+        options = {"compute_dtype": settings.compute_dtype, "remat": settings.remat}
         update = make_update(
-            graphdef, optimizer, compute_dtype=compute_dtype, verdict_weight=settings.verdict_weight,
-            remat=settings.remat,
+            graphdef, tuning, optimizer, **options, verdict_weight=settings.verdict_weight,
+            key=jax.random.fold_in(key, ROUNDING),
         )  # fmt: skip
-        held_out_loss = jax.jit(partial(sft_loss, graphdef))
-
-        def evaluate(params) -> dict:
-            params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-            losses = [held_out_loss(params, on_mesh(checks.at(number), mesh))[1] for number in range(len(checks))]
-            critic = Critic(
-                nnx.merge(graphdef, params),
-                processor,
-                ends=end_tokens(folder, processor),
-                rubrics=rubrics,
-                mesh=mesh,
-                max_batch=config.eval.batch_size,
-            )
-            judged = [held_out[index] for index in range(len(held_out))]
-            bar = partial(run.progress, description="held out")
-            return {
-                "eval/loss": _mean([float(loss["loss/total"]) for loss in losses]),
-                "eval/score_loss": _mean([float(loss["loss/score"]) for loss in losses]),
-                **score_errors(critic, judged, config.eval.max_new_tokens, bar),
-            }
-
-        state = init_state(optimizer, params)
-        done = 0
-        if restored := run.restore(state):
-            state, done = restored.state, restored.epoch
-        for epoch in run.loop(done, settings.epochs):
-            first = epoch * settings.steps_per_epoch
-            with run.timer("update"):
-                history = []
-                for step in run.progress(range(first, first + settings.steps_per_epoch), f"epoch {epoch + 1}"):
-                    state, metrics = update(state, on_mesh(batches.at(step), mesh))
-                    history.append(metrics)
-                metrics = _averages(jax.device_get(history), first)
-            if (epoch + 1) % config.eval.every == 0 or epoch + 1 == settings.epochs:
-                with run.timer("eval"):
-                    metrics |= evaluate(state["params"])
-            run.log(first + settings.steps_per_epoch, epoch + 1, metrics)
-            run.safe_point(state, step=first + settings.steps_per_epoch, epoch=epoch + 1)
-        if run.is_main:
-            _write(run.workdir / "model", folder, nnx.merge(graphdef, state["params"]), rubrics, settings.stored_dtype)
-
-
-def _averages(history: list[dict], first: int) -> dict[str, float]:
-    """The means of an epoch's metrics; NonFiniteError for a loss or gradient that is not finite."""
-    for number, metrics in enumerate(history):
-        if not np.isfinite([metrics["loss/total"], metrics["grad/norm"]]).all():
-            raise NonFiniteError(
-                f"step {first + number}: loss {metrics['loss/total']}, gradient norm {metrics['grad/norm']}. The step "
-                f"was not applied; lower train.learning_rate and start again from the last checkpoint."
-            )
-    return {name: float(np.nanmean([metrics[name] for metrics in history])) for name in history[0]}
-
-
-def rubrics_of(config) -> dict[str, Rubric] | None:
-    """The rubrics that the config names or its data were made with; None leaves the choice to the base folder."""
-    if config.critic.rubrics:
-        return rubrics_from(config.critic.rubrics)
-    return rubrics_from(SHAPES[config.data.source][1]) if config.data.source in SHAPES else None
-
-
-def sources(config, rubrics: dict[str, Rubric] | None):
-    """Examples to train on and held-out ones, by `config.data`."""
-    data = config.data
-    if data.source in SHAPES:
-        conversations, _ = SHAPES[data.source]
-        options = {"rubrics": rubrics, "seed": config.seed, "samples": data.samples, "share": data.samples_share}
-        return (
-            conversations(data.examples, stream=0, **options),
-            conversations(config.eval.examples, stream=1, **options),
+        whole = jax.jit(
+            lambda trained, frozen, dtype: cast(tuning.merged(trained, frozen), dtype), static_argnames="dtype"
         )
-    if not data.held_out:
-        raise ConfigError("data.held_out is not set: give a conversation file of examples that are not trained on")
-    options = {}
-    if config.critic.model:  # a miniature is made from the examples, and cannot tell beforehand
-        options["check"] = length_check(Processor(resolve(config.critic.model)), max(config.train.lengths))
-    return load_conversations(data.source, **options), load_conversations(data.held_out, **options)
+        evaluate = Evaluator(
+            run, checks, make_evaluation(graphdef, tuning, settings.compute_dtype),
+            partial(whole, dtype=settings.compute_dtype), graphdef, rubrics, mesh, config.eval,
+        )  # fmt: skip
+
+        state, done, history = init_state(optimizer, trained, settings.moment_dtype), 0, []
+        trained = None
+        if restored := run.restore(state):
+            state, done, history = restored.state, restored.step, restored.data["history"]
+        told = _epochs(done - len(history), steps_per_epoch)
+        made, clock = ahead(batches.at, range(done, steps)), Throughput()
+        for step in run.progress(run.loop(done, steps), "training", total=steps - done):
+            with run.timer("data"):
+                batch = next(made)
+            with run.timer("update"):
+                clock.count(batch)
+                state, metrics = update(frozen, state, on_mesh(batch, mesh))
+                history.append(metrics)
+                jax.block_until_ready(history[-2:-1])  # one step is under way while the next batch is waited for
+            before, epoch = (_epochs(number, steps_per_epoch) for number in (step, step + 1))
+            ends = epoch == settings.epochs
+            if tell := ends or due(settings.report_every, epoch, before):
+                with run.timer("update"):
+                    metrics = _averages(_fetched(history), step + 1) | clock.report()
+                if ends or due(config.eval.every, epoch, told):
+                    with run.timer("eval"):
+                        metrics |= evaluate(state["params"], frozen)
+                run.log(step + 1, epoch, metrics)
+                history = []
+            run.safe_point(
+                state, lambda history=history: {"history": _fetched(history)}, step=step + 1, epoch=epoch,
+                epoch_ends=tell,
+            )  # fmt: skip
+            if tell:
+                told, clock = epoch, Throughput()
+        model = nnx.merge(graphdef, _on_host(whole(state["params"], frozen, dtype=settings.stored_dtype)))
+        lora = _on_host(state["params"]) if tuning.lora else None
+        if run.is_main:
+            write_model(run.workdir / "model", processor, model, rubrics, settings.stored_dtype)
+            if lora is not None:
+                adapter = adapter_of(lora, model.weight_rules(model.config), tuning.lora)
+                (run.workdir / "adapter").mkdir(exist_ok=True)
+                write_peft(run.workdir / "adapter", adapter, config.critic.model or str(folder))
 
 
-def length_check(processor: Processor, longest: int) -> Callable[[Conversation], None]:
-    """A check for `load_conversations`: MalformedRecord for a conversation of more than `longest` tokens.
+def prepare(config, run: Run):
+    """The folder that training starts from, its processor, the rubrics, examples to train on and held-out ones.
 
-    It is left out then, and never cut: a cut would fall into an image or take the answer's score.
+    What is left out of the data is kept in `quarantine.jsonl`.
     """
-
-    def check(conversation: Conversation) -> None:
-        sizes = [(image.height, image.width) for image in conversation.images]
-        tokens = processor.length(sizes, conversation.prompt, conversation.answer)
-        if tokens > longest:
-            raise MalformedRecord(f"has {tokens} tokens, more than the {longest} that are trained on")
-
-    return check
-
-
-def base_folder(config, run: Run, examples) -> Path:
-    """The folder that training starts from: `critic.model`, or a new miniature when that is None."""
+    rubrics, quarantine = rubrics_of(config), run.workdir / "quarantine.jsonl" if run.is_main else None
     if config.critic.model:
-        return resolve(config.critic.model)
+        folder = base_folder(config, run)
+        processor = Processor(folder, config.data.max_pixels)
+        examples, held_out = sources(config, rubrics, processor, quarantine)
+    else:
+        examples, held_out = sources(config, rubrics, None, quarantine)
+        folder = base_folder(config, run, examples)
+        processor = Processor(folder, config.data.max_pixels)
+    return folder, processor, rubrics or served_rubrics(folder), examples, held_out
+
+
+def base_folder(config, run: Run, examples=()) -> Path:
+    """The folder that training starts from: `critic.model`, or a new miniature of the examples when that is None.
+
+    Raises WeightsError for a folder whose weights are missing or do not fit, ConfigError for another architecture.
+    """
+    if config.critic.model:
+        folder = resolve(config.critic.model)
+        network, _ = models.read_network(folder)
+        if network is not Qwen3VL:
+            raise ConfigError(f"{folder} holds a {network.hf_class}; a critic must be a {Qwen3VL.hf_class}")
+        models.check_pretrained(folder)
+        return folder
     folder = run.workdir / "untrained"
     if run.is_main:
         shown = range(min(config.miniature.texts, len(examples)))
@@ -354,12 +287,59 @@ def base_folder(config, run: Run, examples) -> Path:
     return folder
 
 
-def _write(folder: Path, base: Path, model, rubrics: dict[str, Rubric], dtype: str) -> None:
+class Throughput:
+    """Examples and tokens a second since it was made."""
+
+    def __init__(self):
+        self.since, self.examples, self.tokens = time.perf_counter(), 0, 0
+
+    def count(self, batch: dict[str, np.ndarray]) -> None:
+        """Add a batch of micro-batches; padding does not count."""
+        real = batch["segments"] > 0
+        self.examples, self.tokens = self.examples + int(real.any(-1).sum()), self.tokens + int(real.sum())
+
+    def report(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        return {"throughput/examples_per_s": self.examples / seconds, "throughput/tokens_per_s": self.tokens / seconds}
+
+
+def _epochs(step: int, steps_per_epoch: int) -> int | float:
+    whole, rest = divmod(step, steps_per_epoch)
+    return step / steps_per_epoch if rest else whole
+
+
+def _fetched(history: list[dict]) -> list[dict[str, float]]:
+    """Steps' metrics as plain numbers; float32 survives JSON unchanged."""
+    return [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(history)]
+
+
+def _averages(history: list[dict[str, float]], done: int) -> dict[str, float]:
+    """The means of the last steps' metrics, of `done` in all; NonFiniteError for a step that was not finite."""
+    for number, metrics in enumerate(history, done - len(history)):
+        if not np.isfinite([metrics["loss/total"], metrics["grad/norm"]]).all():
+            raise NonFiniteError(
+                f"step {number}: loss {metrics['loss/total']}, gradient norm {metrics['grad/norm']}. The step "
+                f"was not applied; lower train.learning_rate and start again from the last checkpoint."
+            )
+    columns = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
+    return {
+        name: float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else None
+        for name, values in columns.items()
+    }
+
+
+def _on_host(tree):
+    """What lies on other hosts' devices too, whole in the memory of this one, by all processes together."""
+    return to_host(tree) if jax.process_count() > 1 else tree
+
+
+def write_model(folder: Path, processor: Processor, model, rubrics: dict[str, Rubric], dtype: str) -> None:
     """The trained critic: weights, everything else that its base folder has, and the rubrics it was trained with."""
     models.save_pretrained(model, folder, dtype=dtype)
     for pattern in COMPANIONS:
-        for file in Path(base).glob(pattern):
+        for file in processor.folder.glob(pattern):
             shutil.copy(file, folder / file.name)
+    limit_pixels(folder, processor.images.max_pixels)
     (folder / "rubrics").mkdir(exist_ok=True)
     for rubric in rubrics.values():
         (folder / "rubrics" / f"{rubric.name}.txt").write_text(rubric.text + "\n")

@@ -16,7 +16,8 @@ from flax import nnx
 
 from firm_jax import models
 from firm_jax.critic.processing import Processor
-from firm_jax.critic.sft import COMPANIONS, base_folder, rubrics_of, sources
+from firm_jax.critic.sft import COMPANIONS, base_folder
+from firm_jax.critic.sft_data import rubrics_of, sources
 from firm_jax.data.patches import patch_image
 from firm_jax.fit import fit
 from firm_jax.mesh import make_mesh, replicate

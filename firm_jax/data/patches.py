@@ -4,6 +4,7 @@ Host work in numpy and Pillow. Numbers equal those of transformers' image proces
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,18 @@ def image_processor_json(folder: Path) -> tuple[dict, Path]:
         f"{folder} has no image processor: expected preprocessor_config.json, or processor_config.json with a section "
         f"image_processor. Copy it from the model that the folder was made from."
     )
+
+
+def limit_pixels(folder: Path, max_pixels: int) -> None:
+    """Write this limit into an image processor's folder, in whichever of its files and forms it says one."""
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        file = folder / name
+        content = read_json(file) if file.exists() else {}
+        raw = content.get(key) if key else content
+        for holder, field in ((raw, "max_pixels"), ((raw or {}).get("size"), "longest_edge")):
+            if holder and holder.get(field) not in (None, max_pixels):
+                holder[field] = max_pixels
+                file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

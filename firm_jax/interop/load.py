@@ -105,6 +105,12 @@ def load_params(
         return jax.tree.unflatten(structure, [found[path_name(path)] for path, _ in leaves])
 
 
+def check_params(abstract_params, rules: tuple[Rule, ...], folder: Path, *, ignored=(), tied=None) -> None:
+    """WeightsError unless the safetensors in `folder` hold, by their headers, what `load_params` would read."""
+    with WeightFiles(folder) as files:
+        _check(files, list(tensors(abstract_params, (*rules, *SAME_NAMES))), ignored, dict(tied or {}))
+
+
 def _check(files: WeightFiles, wanted: list[Tensor], ignored, tied: Mapping[str, str]) -> None:
     """WeightsError unless the files hold what is wanted; a tensor known by its other name only gets the wanted one."""
     stored = files.tensors

@@ -118,10 +118,30 @@ def from_pretrained(folder, dtype="float32", mesh=None, quantize: str | None = N
         dtype=jnp.dtype(dtype),
         sharding_rules=network.sharding_rules,
         mesh=mesh,
-        ignored=network.ignored(config) if hasattr(network, "ignored") else (),
-        tied=network.tied(config) if hasattr(network, "tied") else {},
+        **_extra(network, config),
     )
     return nnx.merge(graphdef, params)
+
+
+def check_pretrained(folder: Path) -> None:
+    """Raise what `from_pretrained` would for a folder's architecture, and for weights that are missing or misshapen.
+
+    Reads the files' headers only: a moment where loading takes minutes.
+    """
+    from firm_jax.interop.load import check_params
+
+    network, config = read_network(folder)
+    check_params(
+        nnx.split(abstract(network, config))[1], network.weight_rules(config), folder, **_extra(network, config)
+    )
+
+
+def _extra(network: type[nnx.Module], config) -> dict:
+    """What PyTorch's files hold beside the parameters."""
+    return {
+        "ignored": network.ignored(config) if hasattr(network, "ignored") else (),
+        "tied": network.tied(config) if hasattr(network, "tied") else {},
+    }
 
 
 def save_pretrained(network: nnx.Module, folder, dtype=None) -> None:

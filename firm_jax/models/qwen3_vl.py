@@ -18,6 +18,7 @@ from firm_jax.mesh import BATCH_AXES
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
 from firm_jax.models.layers import Linear, project, scan_layers, zeros_beside
+from firm_jax.models.lora import child
 from firm_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig
 from firm_jax.models.qwen_text import SHARDING_RULES, TextModel, image_rows, rotary_tables
 
@@ -186,15 +187,15 @@ class Qwen3VL(nnx.Module):
         D, V = config.text.hidden_size, config.text.vocab_size
         self.lm_head = Linear(D, V, bias=False, rngs=rngs) if own_head else None
 
-    def encode_images(self, patches, grids, *, remat: str = "none"):
+    def encode_images(self, patches, grids, *, lora: dict | None = None, remat: str = "none"):
         """Images as the language model takes them, each in a row of its own.
 
         patches [M, P, C*T*ph*pw] in merge-block order, padded to P; grids [M, 2] int32 (rows, columns in patches),
         rows * columns <= P. Returns features [M, P / merge^2, D] and DeepStack features [K, M, P / merge^2, D]; what
-        stands beyond an image's own rows * columns / merge^2 features is meaningless.
+        stands beyond an image's own rows * columns / merge^2 features is meaningless. lora: as in `__call__`.
         """
         with jax.named_scope("encode_images"):
-            return self.visual(patches, grids, remat=remat)
+            return self.visual(patches, grids, lora=child(lora, "visual"), remat=remat)
 
     def splice(self, ids, features, deepstack, image_index):
         """Token embeddings with image features put in their places.
@@ -216,6 +217,7 @@ class Qwen3VL(nnx.Module):
         cache=None,
         cache_index=None,
         kv_segments=None,
+        lora: dict | None = None,
         remat: str = "none",
     ):
         """Hidden states [B, T, D] after the final norm, and the cache.
@@ -227,7 +229,8 @@ class Qwen3VL(nnx.Module):
         cache {"k", "v": [L, B, S, K, H]} (see `init_cache`): new keys are written at slots cache_index ..
         cache_index + T, and the tokens see the slots whose kv_segments [B, S] equals their segment. cache_index is
         one scalar for the batch; a Python int tells the program how many slots there are to see, which lets the fast
-        attention kernels serve a prefill. `remat`: see `layers.scan_layers`.
+        attention kernels serve a prefill. lora: a tree of adapters over the model's own paths, scale folded in
+        (models/lora.py). `remat`: see `layers.scan_layers`.
         """
         cos, sin = rotary_tables(positions, self.config.text, embeddings.dtype)
         B, T = segments.shape
@@ -255,9 +258,10 @@ class Qwen3VL(nnx.Module):
                 own = jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
                 yield own[:, :end].astype(embeddings.dtype)
 
-        def body(block, carry, layer):
+        def body(block, carry, scanned):
             x, cache = carry
-            x, cache = block(x, cos, sin, lambda q, k, v: attend(q, k, v, cache, layer))
+            layer, block_lora = scanned
+            x, cache = block(x, cos, sin, lambda q, k, v: attend(q, k, v, cache, layer), block_lora)
             if deepstack is not None:
                 # every layer reads one level, so that one block is compiled and the weights stay in one piece
                 level = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)  # past the last: the last
@@ -267,7 +271,8 @@ class Qwen3VL(nnx.Module):
         layers = jnp.arange(self.config.text.num_hidden_layers)
         with jax.named_scope("language_model"):
             carry = (embeddings, cache)
-            (x, cache), _ = scan_layers(self.language_model.layers, body, carry, layers, remat=remat)
+            scanned = (layers, child(lora, "language_model", "layers"))
+            (x, cache), _ = scan_layers(self.language_model.layers, body, carry, scanned, remat=remat)
             return self.language_model.norm(x), cache
 
     def logits(self, hidden):

@@ -27,6 +27,7 @@ from firm_jax.models.layers import (
     stack,
     take_rows,
 )
+from firm_jax.models.lora import child
 
 NORM_EPSILON = 1e-6  # not in config.json: the same in every release
 
@@ -157,10 +158,12 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(width, 3 * width, rngs=rngs)
         self.proj = Linear(width, width, rngs=rngs)
 
-    def __call__(self, x, cos, sin, segments):
-        q, k, v = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
+    def __call__(self, x, cos, sin, segments, lora=None):
+        joined = self.qkv(x, lora=child(lora, "qkv"))
+        q, k, v = (split_heads(part, self.num_heads) for part in jnp.split(joined, 3, axis=-1))
         q, k = (rotate(part.astype(jnp.float32), cos, sin).astype(x.dtype) for part in (q, k))
-        return self.proj(attention(q, k, v, segments=(segments, segments)).reshape(x.shape))
+        out = attention(q, k, v, segments=(segments, segments)).reshape(x.shape)
+        return self.proj(out, lora=child(lora, "proj"))
 
 
 class VisionMLP(nnx.Module):
@@ -168,8 +171,9 @@ class VisionMLP(nnx.Module):
         self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
-    def __call__(self, x):
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+    def __call__(self, x, lora=None):
+        hidden = jax.nn.gelu(self.linear_fc1(x, lora=child(lora, "linear_fc1")), approximate=True)
+        return self.linear_fc2(hidden, lora=child(lora, "linear_fc2"))
 
 
 class VisionBlock(nnx.Module):
@@ -180,9 +184,9 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMLP(config, rngs=rngs)
 
     @jax.named_scope("vision_block")
-    def __call__(self, x, cos, sin, segments):
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x, cos, sin, segments, lora=None):
+        x = x + self.attn(self.norm1(x), cos, sin, segments, child(lora, "attn"))
+        return x + self.mlp(self.norm2(x), child(lora, "mlp"))
 
 
 class PatchMerger(nnx.Module):
@@ -200,10 +204,11 @@ class PatchMerger(nnx.Module):
         self.linear_fc2 = Linear(self.joined, config.out_hidden_size, rngs=rngs)
 
     @jax.named_scope("patch_merger")
-    def __call__(self, x):
+    def __call__(self, x, lora=None):
         joined = (x.shape[0], -1, self.joined)
         x = self.norm(reshape(x, *joined)) if self.joined_norm else reshape(self.norm(x), *joined)
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+        hidden = jax.nn.gelu(self.linear_fc1(x, lora=child(lora, "linear_fc1")), approximate=False)
+        return self.linear_fc2(hidden, lora=child(lora, "linear_fc2"))
 
 
 class Qwen3VLVision(nnx.Module):
@@ -228,8 +233,9 @@ class Qwen3VLVision(nnx.Module):
             lambda rngs: PatchMerger(config, joined_norm=True, rngs=rngs), len(config.deepstack_visual_indexes), rngs
         )
 
-    def __call__(self, patches, grids, *, remat: str = "none"):
+    def __call__(self, patches, grids, *, lora: dict | None = None, remat: str = "none"):
         """patches [M, P, C*T*ph*pw] in merge-block order, grids [M, 2] (rows, columns) with rows * columns <= P.
+        lora: adapters over this tower's own paths.
 
         Returns features [M, P / merge^2, O] and DeepStack features [K, M, P / merge^2, O]. What stands beyond an
         image's own patches is meaningless.
@@ -248,14 +254,18 @@ class Qwen3VLVision(nnx.Module):
         taps = config.deepstack_visual_indexes
         slots = jnp.asarray(np.searchsorted(taps, np.arange(config.depth)))
 
-        def body(block, carry, slot):
+        def body(block, carry, scanned):
             x, tapped = carry
-            x = block(x, cos, sin, segments)
+            slot, block_lora = scanned
+            x = block(x, cos, sin, segments, block_lora)
             return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)), None
 
         tapped = jnp.broadcast_to(jnp.zeros_like(x), (len(taps) + 1, *x.shape))
-        (x, tapped), _ = scan_layers(self.blocks, body, (x, tapped), slots, remat=remat)
-        _, deepstack = scan_layers(
-            self.deepstack_merger_list, lambda merger, _, tap: (None, merger(tap)), None, tapped[:-1]
-        )
-        return self.merger(x), deepstack
+        (x, tapped), _ = scan_layers(self.blocks, body, (x, tapped), (slots, child(lora, "blocks")), remat=remat)
+
+        def merge(merger, _, scanned):
+            return None, merger(*scanned)
+
+        scanned = (tapped[:-1], child(lora, "deepstack_merger_list"))
+        _, deepstack = scan_layers(self.deepstack_merger_list, merge, None, scanned)
+        return self.merger(x, child(lora, "merger")), deepstack

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from firm_jax.models.layers import Embedding, Linear, RMSNorm, reshape, rotate, split_heads, stack, take_rows
+from firm_jax.models.lora import child
 
 
 class TextConfig(Protocol):
@@ -54,14 +55,14 @@ class TextAttention(nnx.Module):
         self.q_norm = RMSNorm(H, epsilon=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(H, epsilon=config.rms_norm_eps) if config.qk_norm else None
 
-    def __call__(self, x, cos, sin, attend):
+    def __call__(self, x, cos, sin, attend, lora=None):
         """`attend` takes q [B, T, N, H], k and v [B, T, K, H] and returns the output and the cache that it keeps."""
-        q = split_heads(self.q_proj(x), self.heads, self.key_heads)
-        k, v = (split_heads(project(x), self.key_heads) for project in (self.k_proj, self.v_proj))
+        q, k, v = (getattr(self, name)(x, lora=child(lora, name)) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = split_heads(q, self.heads, self.key_heads), *(split_heads(part, self.key_heads) for part in (k, v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
+        return self.o_proj(out.reshape(*x.shape[:-1], -1), lora=child(lora, "o_proj")), cache
 
 
 class GatedMLP(nnx.Module):
@@ -72,8 +73,9 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(width, hidden, bias=bias, rngs=rngs)
         self.down_proj = Linear(hidden, width, bias=bias, rngs=rngs)
 
-    def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x, lora=None):
+        gate, up = (getattr(self, name)(x, lora=child(lora, name)) for name in ("gate_proj", "up_proj"))
+        return self.down_proj(jax.nn.silu(gate) * up, lora=child(lora, "down_proj"))
 
 
 class TextBlock(nnx.Module):
@@ -84,10 +86,10 @@ class TextBlock(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
 
     @jax.named_scope("text_block")
-    def __call__(self, x, cos, sin, attend):
-        out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def __call__(self, x, cos, sin, attend, lora=None):
+        out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend, child(lora, "self_attn"))
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return x + self.mlp(self.post_attention_layernorm(x), child(lora, "mlp")), cache
 
 
 class TextModel(nnx.Module):
