@@ -39,6 +39,7 @@ JOBS = {
     "flow_matching": "firm_jax.generation.pretrain:train_flow_matching",
     "qwen_matching": "firm_jax.generation.pretrain_qwen:train_qwen_matching",
     "autoencoder": "firm_jax.generation.autoencoder:train_autoencoder",
+    "curation": "firm_jax.curation.job:curate",
 }
 # Job -> its programs, from its config and a mesh: what `--plan` compiles.
 PLANS = {"rl": "firm_jax.rl.programs:RLPrograms"}

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def gallery_of(workdir: Path) -> dict[str, Any]:
     with_oracle = gallery.has_oracle(record for _, record in everything)
     shown = _some_epochs(everything)
     cards = [_card(record, with_oracle) for _, record in shown]
-    for card, pictures in zip(cards, _thumbnails([path for path, _ in shown]), strict=True):
+    for card, pictures in zip(cards, thumbnails(_files(path) for path, _ in shown), strict=True):
         card["sources"], card["picture"] = pictures[:-1], pictures[-1]
     _shorten(cards)
     cards.sort(key=lambda card: (-card["epoch"], card["set"], card["image"]))
@@ -113,9 +113,14 @@ def _gaps(cards: Sequence[dict]) -> dict[str, Any] | None:
     return {"pictures": len(cards), "mean": float(np.mean(gaps)), "size": float(np.mean(np.abs(gaps)))}
 
 
-def _thumbnails(paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
-    """For each kept picture its sources and then itself, as `source` (a data address), `width` and `height`."""
-    files = [[*gallery.sources_of(path), path] for path in paths]
+def _files(path: Path) -> list[Path]:
+    """A kept picture after its sources."""
+    return [*gallery.sources_of(path), path]
+
+
+def thumbnails(groups: Iterable[Sequence[Path]]) -> list[list[dict[str, Any]]]:
+    """Groups of image files as `source` (a data address), `width` and `height`, all small enough for one page."""
+    files = list(groups)
     for side, quality in _SIZES:
         made = [[_thumbnail(file, side, quality) for file in group] for group in files]
         if sum(len(picture["source"]) for group in made for picture in group) <= MOST_BYTES:

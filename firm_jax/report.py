@@ -78,13 +78,13 @@ def write_report(workdir: str | Path) -> Path:
     workdir = Path(workdir)
     rows = _read_lines(workdir / "metrics.jsonl")
     config = _read_json(workdir / "config.json")
-    environment = _environment()
+    pages = environment()
     drawn, others = charts(rows)
-    page = environment.get_template("report.html").render(
+    page = pages.get_template("report.html").render(
         name=workdir.resolve().name,
-        script_hash=_script_hash(environment),
+        script_hash=_script_hash(pages),
         config=config,
-        flat_config=_flat(config),
+        flat_config=flat(config),
         versions=_versions(workdir),
         last=rows[-1] if rows else {},
         seconds=rows[-1]["time"] - rows[0]["time"] + (rows[0].get("time/wall") or 0) if rows else 0,
@@ -219,9 +219,9 @@ def _inlined(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _script_hash(environment: Environment) -> str:
+def _script_hash(pages: Environment) -> str:
     """What the page's policy names its one script by: no other is run, however it came into the page."""
-    script = environment.get_template("report.js").render()
+    script = pages.get_template("report.js").render()
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -230,13 +230,12 @@ def _versions(workdir: Path) -> dict[str, Any]:
     return _read_json(metas[-1]).get("versions", {}) if metas else {}
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("firm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = _number
-    environment.filters["short"] = "{:.2g}".format
-    return environment
+def environment() -> Environment:
+    """The package's pages, with what they write numbers by."""
+    pages = Environment(loader=PackageLoader("firm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["number"] = _number
+    pages.filters["short"] = "{:.2g}".format
+    return pages
 
 
 def _number(value: Any) -> str:
@@ -250,10 +249,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """The values of nested dictionaries by their dotted names."""
     if not isinstance(tree, dict) or not tree:
         return [(prefix, tree)]
-    return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}".lstrip("."))]
+    return [pair for key, value in tree.items() for pair in flat(value, f"{prefix}.{key}".lstrip("."))]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,15 @@ class WorkdirLock:
                     logging.warning("cannot refresh %s: %s", self.path, error)
 
 
-def contradictions(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Keys whose values differ between two resolved configs, as `key: saved -> current`, but for MAY_CHANGE."""
+def contradictions(saved: dict[str, Any], current: dict[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> list[str]:
+    """Keys whose values differ between two resolved configs, as `key: saved -> current`, but for `may_change`."""
     before, after = _flat(saved), _flat(current)
     absent = "(absent)"
     return [
         f"{key}: {before.get(key, absent)!r} -> {after.get(key, absent)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, absent) != after.get(key, absent)
-        and not any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
+        and not any(key == name or key.startswith(name + ".") for name in may_change)
     ]
 
 

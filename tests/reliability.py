@@ -303,6 +303,12 @@ SECTIONS: dict[str, dict[str, Fault]] = {
             "What a dead worker had on its way counts as lost and is asked again; nothing done is. A worker that was "
             "replaced can neither ask nor settle any more.",
         ),
+        "curation-stopped": Fault(
+            "SIGTERM or Ctrl-C in a curation",
+            "No further call is begun, those on their way are answered and kept, and the exit code is 75. The same "
+            "command goes on, asks nothing again that was answered, and ends in the same bytes. A second signal ends "
+            "it at once.",
+        ),
         "teacher-two-processes": Fault(
             "Two processes use one ledger, or the file is no ledger",
             "The second one is refused before it asks anything; a file that is something else is left alone.",

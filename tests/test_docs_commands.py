@@ -222,6 +222,7 @@ JOBS = {
     "autoencoder": STEPS | {"eval.images": 8},
     "flow_matching": STEPS | {"train.pictures": 256, "train.wrong_epochs": 0, "eval.prompts": 4, "samples": 256},
     "qwen_matching": STEPS | {"train.tasks": 256, "train.wrong_epochs": 0, "eval.tasks": 4, "samples": 256},
+    "curation": {"shapes.count": 12, "log_every": 4},
     "critic_vision": STEPS | {"eval.examples": 8, "data.examples": 1000},
     "critic_sft": {
         "train.epochs": 1,

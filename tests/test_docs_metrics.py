@@ -8,6 +8,7 @@ import pytest
 from docs_pages import ROOT, explained, unexplained
 
 FAMILIES = "reward critic policy loss grad update rollout prompts eval time goodput throughput checkpoint train".split()
+FAMILIES += "curation cost teacher".split()
 NAME = re.compile(rf"(?:{'|'.join(FAMILIES)})/[a-z0-9_/<>\0]+")
 # Evaluation gives these the names of other metrics, with `_` for `/`.
 RENAMED = {f"eval/critic_{name}" for name in ("failure_rate", "entropy", "status_<status>")}

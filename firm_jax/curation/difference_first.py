@@ -28,7 +28,7 @@ NOTES_CHARACTERS = 8000
 REASON_CHARACTERS = 20  # fewer are no reason
 
 _NOTES_FORM = "Plain text: lines that each say how one thing looks in the first image and in the second."
-_SCORE_FORM = 'One JSON object and nothing else: {"reasoning": "<two or three sentences>", "score": [n]}, n from 1 to 5'
+SCORE_FORM = 'One JSON object and nothing else: {"reasoning": "<two or three sentences>", "score": [n]}, n from 1 to 5'
 
 
 def stages(rubrics: dict[str, Rubric]) -> tuple[Stage, ...]:
@@ -46,7 +46,7 @@ def _judge(rubric: Rubric) -> Stage:
         return notes | {"rubric": rubric.fill(record.prompt)}
 
     text = template("score_with_differences")
-    return Stage(rubric.name, "judge", text, fields, read_score, _SCORE_FORM, needs=(OBVIOUS, DETAILED))
+    return Stage(rubric.name, "judge", text, fields, read_score, SCORE_FORM, needs=(OBVIOUS, DETAILED))
 
 
 def read_notes(text: str, record: Record) -> str:

@@ -28,7 +28,7 @@ _BOXED = re.compile(r"\\boxed\{([1-5])\}")
 _RATING = re.compile(r"\*\*Final Alignment Rating: ([1-5])\*\*")
 
 _PLAN_FORM = "A numbered list in Markdown. Each item names a requirement, with one or two yes-or-no questions below it."
-_SCORE_FORM = r"""Checking the image against the instruction:
+SCORE_FORM = r"""Checking the image against the instruction:
 1. **<requirement>**
 - <what the image shows, and the verdict>
 (and so on for each requirement)
@@ -56,7 +56,7 @@ def stages(rubric: Rubric) -> tuple[Stage, ...]:
             template("score_with_plan"),
             lambda record, answers: {"plan": answers[PLAN], "rubric": rubric.fill(record.prompt)},
             read_score,
-            _SCORE_FORM,
+            SCORE_FORM,
             needs=(PLAN,),
         ),
     )

@@ -82,7 +82,7 @@ def read_candidates(
         digest = hashlib.sha256(lists.read_bytes())
         parse = _asked_edit if edits else _asked
         if prompts is None:
-            return _in_order(lists, lambda fields, line: _listed(fields, line, lists, edits)), digest.hexdigest()
+            return _in_order(lists, lambda fields, line: listed(fields, line, lists, edits)), digest.hexdigest()
         names = sorted((file.name for file in source.iterdir() if file.suffix.lower() in ENDINGS), key=_by_number)
         asked = _in_order(lists, lambda fields, line: parse(fields, line, lists))
     except OSError as error:
@@ -100,7 +100,8 @@ def read_candidates(
     return found, digest.hexdigest()
 
 
-def _listed(fields: Any, line: int, file: Path, edits: bool) -> Candidate:
+def listed(fields: Any, line: int, file: Path, edits: bool) -> Candidate:
+    """One record of a list that names its pictures; MalformedRecord with the reason."""
     sources: Any = ()
     if edits and isinstance(fields, dict):
         fields = dict(fields)

@@ -48,7 +48,7 @@ def write_sharegpt(path: str | os.PathLike, conversations: Iterable[Conversation
         storage.make_folder(path.parent)
         with storage.whole(path) as staging, open(staging, "w", encoding="utf-8") as out:
             for record, images in _records(path, conversations):
-                record["images"] = [f"{folder.name}/{_store(content, folder)}" for content in images]
+                record["images"] = [f"{folder.name}/{store_image(content, folder)}" for content in images]
                 text = json.dumps({key: value for key, value in record.items() if value != ""}, ensure_ascii=False)
                 out.write((between if count else first) + text)
                 count += 1
@@ -141,7 +141,7 @@ def _encoded(image) -> bytes:
     return out.getvalue()
 
 
-def _store(content: bytes, folder: Path) -> str:
+def store_image(content: bytes, folder: Path) -> str:
     """The name of the file in `folder` that has this content, which is written when it is not there."""
     with PIL.Image.open(io.BytesIO(content)) as image:
         ending = image.format.lower()

@@ -16,7 +16,7 @@ from firm_jax.shapes.scene import QUARTERS, Shape, quarter
 
 # As fractions of the image side.
 _REACH = 10 / 64  # how far what has become of a shape may lie from it; the middles of quarters are 32 / 64 apart
-_SHIFT = 4 / 64  # a shape that moved less has stayed where it was
+SHIFT = 4 / 64  # a shape that moved less has stayed where it was
 
 # Slips of the consistency rubric: (significant, minor) at which the score falls to 4, 3 and 2.
 _SLIPS = ((1, 1), (2, 3), (4, 5))
@@ -261,7 +261,7 @@ def _preserved(shape: Shape, thing: Component | None, change: Change | None) -> 
         return [False] * len(watched), [Slip(_place(shape), f"{shape.color} {shape.kind} gone")]
     shift = _distance(shape, thing)
     same = {attribute: _look(thing, attribute) == getattr(shape, attribute) for attribute in ("kind", "color", "size")}
-    same["place"] = shift <= _SHIFT
+    same["place"] = shift <= SHIFT
     slips = [
         Slip(_place(shape), attribute, attribute == "size" or (attribute == "place" and shift <= _REACH))
         for attribute in watched

@@ -82,7 +82,11 @@ def instruction_classes(edit: Edit) -> np.ndarray:
 def edit_answer(criterion: str, source: np.ndarray, edited: np.ndarray, edit: Edit) -> str:
     """The right answer about two pictures for "edit_execution" or "edit_consistency": JSON, reasoning then score."""
     before, after = oracle.inspect(source), oracle.inspect(edited)
-    comparison = compare_readings(before, after, edit)
+    return reading_answer(criterion, before, after, compare_readings(before, after, edit))
+
+
+def reading_answer(criterion: str, before: Reading, after: Reading, comparison: Comparison) -> str:
+    """`edit_answer` for pictures that have been read and compared already."""
     reasons = _executed if criterion == "edit_execution" else _preserved
     answer = {
         "reasoning": "; ".join(reasons(before, after, comparison)),

@@ -117,7 +117,7 @@ def inspect(image: np.ndarray) -> Reading:
     mask = ((image - ground) ** 2).sum(-1) > _FOREGROUND**2
     labels, count = label(mask)
     components = _measure(image, ground, labels, count)
-    components.sort(key=_reading_order)
+    components.sort(key=reading_order)
     # Most neighbouring pixels differ by noise alone, so the median difference measures it.
     noise = float(np.median(np.abs(np.diff(image, axis=1))) / (0.6745 * np.sqrt(2)))
     return Reading(background, float(error.min()), noise, tuple(components))
@@ -129,10 +129,10 @@ def ideal(scene: Scene) -> Reading:
         Component(shape.kind, shape.color, shape.x, shape.y, 64 * SIZES[shape.size], 1.0, 1.0, 0.0, 1.0)
         for shape in scene.shapes
     ]
-    return Reading(scene.background, 0.0, 0.0, tuple(sorted(components, key=_reading_order)))
+    return Reading(scene.background, 0.0, 0.0, tuple(sorted(components, key=reading_order)))
 
 
-def _reading_order(component: Component) -> tuple[bool, float]:
+def reading_order(component: Component) -> tuple[bool, float]:
     return component.y > 0.5, component.x
 
 

@@ -153,14 +153,14 @@ def alignment_answer(image: np.ndarray, prompt: Prompt) -> str:
     reading = oracle.inspect(image)
     verdicts = oracle.check_reading(reading, prompt)
     score = oracle.share_to_score(float(np.mean(verdicts)))
-    lines = [_describe(reading)]
+    lines = [describe(reading)]
     for requirement, holds in zip(prompt.requirements, verdicts, strict=True):
-        lines.append(f"{requirement.text}: {_evidence(requirement, reading)} {'yes' if holds else 'no'}")
+        lines.append(f"{requirement.text}: {evidence(requirement, reading)} {'yes' if holds else 'no'}")
     lines.append(f"{COUNTS[sum(verdicts)]} of {COUNTS[len(verdicts)]} hold")
     return "\n".join([*lines, f"**Final Alignment Rating: {score}**", f"\\boxed{{{score}}}"])
 
 
-def _describe(reading: Reading) -> str:
+def describe(reading: Reading) -> str:
     """Quarter by quarter in a fixed order, so that what is to be named next never has to be searched for."""
     seen = {place: [] for place in QUARTERS}
     for component in reading.components:
@@ -170,7 +170,7 @@ def _describe(reading: Reading) -> str:
     return f"{', '.join(parts)} on {reading.background or 'unclear'}"
 
 
-def _evidence(requirement: Requirement, reading: Reading) -> str:
+def evidence(requirement: Requirement, reading: Reading) -> str:
     """What the picture shows of a requirement, found by one property at a time: the number of shapes of a kind, or of
     all; where a colour is named, the colours of all shapes of the kind; the first value that does not fit, or the one
     that all have; the places of the first two shapes in question; the background."""
