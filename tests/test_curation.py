@@ -18,12 +18,14 @@ from firm_jax.critic.parse import parse_alignment, parse_edit
 from firm_jax.curation import difference_first, mismatch, plan_then_score
 from firm_jax.curation import engine as engines
 from firm_jax.curation.ledger import Budget, Ledger
+from firm_jax.curation.recipes import recipe_of
 from firm_jax.curation.stage import FOLDER, Record, Stage, Unreadable, fill, template
 from firm_jax.data.conversations import load_conversations
 from firm_jax.errors import BudgetError, ConfigError, CriticError
 
-GEN = plan_then_score.stages(RUBRICS["alignment"])
-EDIT = difference_first.stages(RUBRICS)
+GEN_RECIPE = recipe_of("gen", "plan_then_score", RUBRICS)
+EDIT_RECIPE = recipe_of("edit", "difference_first", RUBRICS)
+GEN, EDIT = GEN_RECIPE.stages, EDIT_RECIPE.stages
 ROOT = Path(__file__).parent.parent
 
 
@@ -159,7 +161,7 @@ def test_what_cannot_be_read_is_set_aside_with_its_reason(tmp_path, answer, repa
     [outcome], running, asked, _ = curate(tmp_path, GEN, records(tmp_path, 1), play)
     assert outcome.missing["alignment"].status == status and outcome.missing["alignment"].reason
     assert set(outcome.answers) == {"plan"} and running.missing == {("alignment", status): 1}
-    assert len(asked) == sent and plan_then_score.examples(outcome, RUBRICS["alignment"]) == []
+    assert len(asked) == sent and GEN_RECIPE.examples(outcome) == []
 
 
 @pytest.mark.fault("teacher-unreadable")
@@ -294,14 +296,8 @@ def test_a_judgement_of_an_edit_is_written_anew_in_the_rubric_s_form(form):
 
 def test_a_critic_learns_the_answer_without_what_the_teacher_knew(tmp_path):
     gen, edit = records(tmp_path, 3), records(tmp_path, 3, images=2)
-    found = [
-        example
-        for outcome in curate(tmp_path, GEN, gen)[0]
-        for example in plan_then_score.examples(outcome, RUBRICS["alignment"])
-    ] + [
-        example
-        for outcome in curate(tmp_path, EDIT, edit)[0]
-        for example in difference_first.examples(outcome, RUBRICS)
+    found = [example for outcome in curate(tmp_path, GEN, gen)[0] for example in GEN_RECIPE.examples(outcome)] + [
+        example for outcome in curate(tmp_path, EDIT, edit)[0] for example in EDIT_RECIPE.examples(outcome)
     ]
     assert collections.Counter(one.criterion for one in found) == dict.fromkeys(
         ("alignment", "edit_execution", "edit_consistency"), 3
@@ -353,7 +349,7 @@ def test_another_instruction_for_the_same_pair_costs_no_new_notes(tmp_path):
     curate(tmp_path, EDIT, asked)
     outcomes, _, sent, _ = curate(tmp_path, EDIT, mismatch.exchange_instructions(asked, 1.0, seed=0))
     assert len(sent) == 4 and all("DIFFERENCE NOTES" in one["messages"][0]["content"][-1]["text"] for one in sent)
-    [first, *_] = difference_first.examples(outcomes[0], RUBRICS)
+    [first, *_] = EDIT_RECIPE.examples(outcomes[0])
     assert first.mismatched and first.prompt in first.question
 
 

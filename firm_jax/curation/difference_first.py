@@ -11,14 +11,11 @@ import re
 from firm_jax.critic.parse import parse_edit
 from firm_jax.critic.rubric import Rubric
 from firm_jax.curation.stage import (
-    Example,
-    Outcome,
     Record,
     Stage,
     Unreadable,
     Verdict,
     check_unprivileged,
-    example,
     template,
 )
 
@@ -68,8 +65,3 @@ def read_score(text: str, record: Record) -> Verdict:
     check_unprivileged(reason, record)
     answer = json.dumps({"reasoning": reason, "score": [score]}, ensure_ascii=False)
     return Verdict(score, reason, answer)
-
-
-def examples(outcome: Outcome, rubrics: dict[str, Rubric]) -> list[Example]:
-    """What the critic is trained on, up to one example a criterion: asked by the rubric alone."""
-    return [found for name in CRITERIA if (found := example(outcome, name, rubrics[name]))]

@@ -9,14 +9,11 @@ import re
 from firm_jax.critic.parse import parse_alignment
 from firm_jax.critic.rubric import Rubric
 from firm_jax.curation.stage import (
-    Example,
-    Outcome,
     Record,
     Stage,
     Unreadable,
     Verdict,
     check_unprivileged,
-    example,
     template,
 )
 
@@ -88,8 +85,3 @@ def read_score(text: str, record: Record) -> Verdict:
         raise Unreadable("the numbered requirements or the final analysis are missing")
     check_unprivileged(text, record)
     return Verdict(score, parsed.reason, text)
-
-
-def examples(outcome: Outcome, rubric: Rubric) -> list[Example]:
-    """What the critic is trained on: asked by the rubric alone, answering as the teacher did with the plan."""
-    return [found for found in [example(outcome, SCORE, rubric)] if found]
