@@ -44,7 +44,7 @@ def _curation(task: str, recipe: str) -> ConfigDict:
     }
     config.budget = {"money": config_dict.placeholder(float), "tokens": config_dict.placeholder(int)}
     config.selection = {
-        "near_bits": 3,
+        "near_levels": 32,
         "benchmarks": (),
         "benchmark_fields": (),
         "contradictions": True,
@@ -84,7 +84,6 @@ def _tiny(config: ConfigDict) -> ConfigDict:
         config.teachers[role] = _teacher("oracle")
         config.teachers[role].update({"price_in": 0.2, "price_out": 0.8, "image_tokens": 64})
     config.budget.money = 5.0
-    config.selection.near_bits = 0
     config.selection.benchmarks = (f"embedded:bench_{config.task}",)
     config.output.held_out = 0.05
     return config

@@ -22,9 +22,9 @@ def example(name: str, image: str = "a", *, prompt="a cat", score=3, reason="It 
 
 
 # Of the images b and c the files differ and the pictures hardly do.
-HASHES = {"a": 0, "b": 2**40 - 1, "c": 2**40 - 2, "d": (2**20 - 1) << 44, "e": 7}
-LOOKS = {name: Look(name, near) for name, near in HASHES.items()}
-RULES = Rules(near_bits=2)
+SHADES = {"a": 0, "b": 100, "c": 101, "d": 200, "e": 10}
+LOOKS = {name: Look(name, bytes([shade] * 432)) for name, shade in SHADES.items()}
+RULES = Rules(near_levels=2)
 
 
 def kept(examples, rules=RULES):
@@ -34,7 +34,7 @@ def kept(examples, rules=RULES):
 
 
 def test_every_reason_is_the_first_that_applies():
-    benchmark = Benchmark([LOOKS["d"].near], ["A dog!"], 2)
+    benchmark = Benchmark([LOOKS["d"].thumbnail], ["A dog!"], 2)
     examples = [
         example("first"), example("double"),
         example("b", "b"), example("near", "c"),
@@ -105,9 +105,9 @@ def test_a_folder_that_is_no_benchmark_is_refused(tmp_path):
 def test_images_are_looked_at_once(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
     looked = []
-    monkeypatch.setattr(select, "dhash", lambda image: looked.append(image.size) or 1)
+    monkeypatch.setattr(select, "thumbnail", lambda image: looked.append(image.size) or b"1")
     found = look_at([example("1", "a.png"), example("2", "a.png")], tmp_path)
-    assert set(found) == {"a.png"} and found["a.png"].near == 1 and looked == [(9, 9)]
+    assert set(found) == {"a.png"} and found["a.png"].thumbnail == b"1" and looked == [(9, 9)]
 
 
 # The records that come in

@@ -159,12 +159,12 @@ class _Curation:
         """Ask, select, write."""
         config = self.config
         rules = Rules(
-            config.selection.near_bits,
+            config.selection.near_levels,
             benchmark_of(
                 config.selection.benchmarks,
                 config.task,
                 config.selection.benchmark_fields,
-                config.selection.near_bits,
+                config.selection.near_levels,
             ),
             config.selection.contradictions,
             config.selection.per_score,

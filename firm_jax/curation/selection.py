@@ -29,19 +29,19 @@ DUPLICATE, NEAR_DUPLICATE, LEAKAGE, CONTRADICTION, BALANCE = REASONS = (
 
 @dataclass(frozen=True)
 class Look:
-    """An image of an example: the sha256 of its file, and its perceptual hash."""
+    """An image of an example: the sha256 of its file, and the thumbnail that it is compared by."""
 
     sha256: str
-    near: int
+    thumbnail: bytes
 
 
 @dataclass(frozen=True)
 class Rules:
-    """near_bits: differing bits of perceptual hashes up to which images are taken for the same. benchmark: what must
+    """near_levels: of 255, by which thumbnails may differ of images that are taken for the same. benchmark: what must
     not be trained on; None checks nothing. contradictions: whether reasons are held against their scores. per_score:
     most examples of each criterion and score; None keeps all. seed: of the balance."""
 
-    near_bits: int = select.NEAR_BITS
+    near_levels: int = select.NEAR_LEVELS
     benchmark: Benchmark | None = None
     contradictions: bool = True
     per_score: int | None = None
@@ -62,14 +62,14 @@ def look_at(examples: Sequence[Example], folder: str | os.PathLike) -> dict[str,
 
     def look(path: str) -> Look:
         content = read_image_file(path, folder)
-        return Look(hashlib.sha256(content).hexdigest(), select.dhash(decode_image(content, path)))
+        return Look(hashlib.sha256(content).hexdigest(), select.thumbnail(decode_image(content, path)))
 
     paths = list(dict.fromkeys(path for one in examples for path in one.images))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(paths, pool.map(look, paths), strict=True))
 
 
-def benchmark_of(folders: Sequence[str], task: str, fields: Sequence[str], bits: int) -> Benchmark | None:
+def benchmark_of(folders: Sequence[str], task: str, fields: Sequence[str], levels: int) -> Benchmark | None:
     """What the benchmarks in these folders hold; an `embedded:` name is one that ships. None for no folder.
 
     fields: as `firm-jax bench --fields`. Raises DataError for a folder that is no benchmark of the task.
@@ -77,10 +77,10 @@ def benchmark_of(folders: Sequence[str], task: str, fields: Sequence[str], bits:
     images, prompts = [], []
     for name in folders:
         bench = read_bench(embedded_path(name) or Path(name), task, fields_from(fields))
-        images += {picture: None for item in bench.items for picture in item.pictures}
+        images += [picture for item in bench.items for picture in item.pictures]
         prompts += [item.prompt for item in bench.items]
-    hashes = [select.dhash(picture.open()[0]) for picture in dict.fromkeys(images)]
-    return Benchmark(hashes, prompts, bits) if folders else None
+    thumbnails = [select.thumbnail(picture.open()[0]) for picture in dict.fromkeys(images)]
+    return Benchmark(thumbnails, prompts, levels) if folders else None
 
 
 def selected(
@@ -99,8 +99,8 @@ def selected(
         examples = [examples[place] for place in places]
 
     keep(DUPLICATE, select.without_duplicates([(*_question(one), *_hashes(one, looks)) for one in examples]))
-    nears = [[looks[path].near for path in one.images] for one in examples]
-    keep(NEAR_DUPLICATE, select.without_near_duplicates([_question(one) for one in examples], nears, rules.near_bits))
+    keys, shown = [_question(one) for one in examples], [_thumbnails(one, looks) for one in examples]
+    keep(NEAR_DUPLICATE, select.without_near_duplicates(keys, shown, rules.near_levels))
     if rules.benchmark is not None:
         examples = _without(examples, LEAKAGE, lambda one: _leak(one, looks, rules.benchmark), rejected)
     if rules.contradictions:
@@ -151,8 +151,12 @@ def _hashes(one: Example, looks: Mapping[str, Look]) -> list[str]:
     return [looks[path].sha256 for path in one.images]
 
 
+def _thumbnails(one: Example, looks: Mapping[str, Look]) -> list[bytes]:
+    return [looks[path].thumbnail for path in one.images]
+
+
 def _leak(one: Example, looks: Mapping[str, Look], benchmark: Benchmark) -> str | None:
-    found = benchmark.leak(one.prompt, [looks[path].near for path in one.images])
+    found = benchmark.leak(one.prompt, _thumbnails(one, looks))
     return found and f"its {found} is the benchmark's"
 
 
