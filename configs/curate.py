@@ -94,7 +94,7 @@ def tiny_gen() -> ConfigDict:
     config = _tiny(gen())
     config.mismatch.share = 0.25
     config.selection.per_score = 150
-    config.shapes = {"count": 800, "faults": {"wrong": 0.35}, "miss": 0.1, "skip": 0.3}
+    config.shapes = {"count": 800, "faults": {"wrong": 0.35}, "miss": 0.12, "skip": 0.3}
     return config
 
 
@@ -105,8 +105,8 @@ def tiny_edit() -> ConfigDict:
     config.shapes = {
         "count": 600,
         "faults": {"untouched": 0.1, "wrong": 0.2, "careless": 0.5},  # as the editing miniature was taught
-        "miss": 0.18,
-        "skip": 0.7,
+        "miss": 0.2,
+        "skip": 0.8,
     }
     return config
 

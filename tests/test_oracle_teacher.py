@@ -260,3 +260,23 @@ def test_the_plan_names_every_requirement(pictures):
         plan = answers(teacher, plan_then_score.stages(PACKAGE["alignment"])[:1], prompt.text, [])["plan"]
         assert plan.count("**") == 2 * len(prompt.requirements) and all(one.text in plan for one in prompt.requirements)
         assert json.dumps(plan)
+
+
+def test_the_judge_of_an_edit_goes_by_the_notes(pairs):
+    blind = OracleTeacher(SETTINGS, [edit for edit, *_ in pairs], Eye(1, 0))
+    for edit, *images in pairs:
+        before = blind._read(images[0])
+        untouched = compare_readings(before, before, edit)
+        right = {name: edit_teach.score_of(name, untouched) for name in edit_teach.CRITERIA}
+        assert of_edit(blind, edit, images, "differences") == right and right["edit_consistency"] == 5
+
+
+@pytest.mark.parametrize("recipe", ["differences", "single"])
+def test_a_hasty_pass_sees_no_change_that_nobody_asked_for(pairs, recipe):
+    hasty = OracleTeacher(SETTINGS, [edit for edit, *_ in pairs], Eye(0, 1))
+    for edit, *images in pairs[:12]:
+        comparison = compare_readings(*map(hasty._read, images), edit)
+        right = {name: edit_teach.score_of(name, comparison) for name in edit_teach.CRITERIA}
+        if recipe == "single":
+            right["edit_consistency"] = 5
+        assert of_edit(hasty, edit, images, recipe) == right
