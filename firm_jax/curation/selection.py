@@ -9,14 +9,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from firm_jax.critic.bench.records import fields_from, read_bench
 from firm_jax.curation import select
 from firm_jax.curation.select import Benchmark
 from firm_jax.curation.stage import Example
 from firm_jax.data.images import decode_image, read_image_file
-from firm_jax.embedded import embedded_path
 
 DUPLICATE, NEAR_DUPLICATE, LEAKAGE, CONTRADICTION, BALANCE = REASONS = (
     "duplicate",
@@ -76,7 +74,7 @@ def benchmark_of(folders: Sequence[str], task: str, fields: Sequence[str], level
     """
     images, prompts = [], []
     for name in folders:
-        bench = read_bench(embedded_path(name) or Path(name), task, fields_from(fields))
+        bench = read_bench(name, task, fields_from(fields))
         images += [picture for item in bench.items for picture in item.pictures]
         prompts += [item.prompt for item in bench.items]
     thumbnails = [select.thumbnail(picture.open()[0]) for picture in dict.fromkeys(images)]
