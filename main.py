@@ -42,7 +42,7 @@ JOBS = {
     "curation": "firm_jax.curation.job:curate",
 }
 # Job -> its programs, from its config and a mesh: what `--plan` compiles.
-PLANS = {"rl": "firm_jax.rl.programs:RLPrograms"}
+PLANS = {"rl": "firm_jax.rl.programs:RLPrograms", "critic_sft": "firm_jax.critic.sft_programs:SFTPrograms"}
 
 # What collective operations say when a partner is gone.
 LOST_CONNECTION = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")

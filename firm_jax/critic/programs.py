@@ -67,8 +67,8 @@ class AbstractCritic:
         shown = []
         for number in range(images):
             group = number // candidates
-            before = [self._picture(f"{group} {place}", source) for place, source in enumerate(sources)]
-            shown.append([part for picture in (*before, self._picture(number, size)) for part in ([0], picture, [0])])
+            before = [self.picture(f"{group} {place}", source) for place, source in enumerate(sources)]
+            shown.append([part for picture in (*before, self.picture(number, size)) for part in ([0], picture, [0])])
         merge = self.decoder.merge
         return [lay_out([[0] * OPENING_TOKENS, *parts, text], 0, merge) for text in questions for parts in shown]
 
@@ -78,7 +78,8 @@ class AbstractCritic:
         length = len(self.processor.encode(text)) if self.processor else -(-len(text) // CHARACTERS_A_TOKEN)
         return length + PROMPT_TOKENS
 
-    def _picture(self, name, size: tuple[int, int]) -> PatchedImage:
+    def picture(self, name, size: tuple[int, int]) -> PatchedImage:
+        """An image of `size` (height, width) as the critic sees it, without its pixels."""
         vision = self.config.vision
         limits = {"min_pixels": self.images.min_pixels, "max_pixels": self.images.max_pixels}
         resized = smart_resize(*size, factor=vision.patch_size * self.decoder.merge, **limits)

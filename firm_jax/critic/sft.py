@@ -169,6 +169,11 @@ def make_evaluation(graphdef, tuning: Tuning, compute_dtype) -> Callable:
     return evaluate
 
 
+def make_whole(tuning: Tuning) -> Callable:
+    """The jitted `(trained, frozen, *, dtype) -> params`: the network as it is served and stored."""
+    return jax.jit(lambda trained, frozen, dtype: cast(tuning.merged(trained, frozen), dtype), static_argnames="dtype")
+
+
 # The job
 
 
@@ -200,9 +205,7 @@ def train(config, workdir: str) -> None:
             graphdef, tuning, optimizer, **options, verdict_weight=settings.verdict_weight,
             key=jax.random.fold_in(key, ROUNDING),
         )  # fmt: skip
-        whole = jax.jit(
-            lambda trained, frozen, dtype: cast(tuning.merged(trained, frozen), dtype), static_argnames="dtype"
-        )
+        whole = make_whole(tuning)
         evaluate = Evaluator(
             run, checks, make_evaluation(graphdef, tuning, settings.compute_dtype),
             partial(whole, dtype=settings.compute_dtype), graphdef, rubrics, mesh, config.eval,
