@@ -19,9 +19,14 @@ EXAMPLES, HELD_OUT = "examples", "held_out"
 SHOWN = 64  # of 256: of how many examples what the teacher was shown is remembered for the report
 
 
+def lot(one: Example, seed: int) -> bytes:
+    """By which examples are drawn for the report."""
+    return hashlib.sha256(f"shown {seed} {one.id}".encode()).digest()
+
+
 def may_be_shown(one: Example, seed: int) -> bool:
     """Whether an example is one of those drawn for the report."""
-    return hashlib.sha256(f"shown {seed} {one.id}".encode()).digest()[0] < SHOWN
+    return lot(one, seed)[0] < SHOWN
 
 
 def write_examples(

@@ -12,6 +12,7 @@ from firm_jax import storage
 from firm_jax.cards import thumbnails
 from firm_jax.critic.bench import measures
 from firm_jax.curation.ledger import BILLION, Ledger
+from firm_jax.curation.outputs import lot
 from firm_jax.curation.selection import REASONS, Rejected, counted
 from firm_jax.curation.stage import Example
 from firm_jax.report import environment, flat
@@ -54,7 +55,7 @@ def write_report(
         scale=SCALE,
         reasons=REASONS,
         benchmarks=list(config.selection.benchmarks),
-        samples=_samples(kept, collected.shown, source.folder, config.output.samples),
+        samples=_samples(sorted(kept, key=lambda one: lot(one, config.seed)), collected.shown, source.folder, config),
         refused=_refused(rejected),
         flat_config=flat(plain_config(config)),
     )  # fmt: skip
@@ -122,12 +123,12 @@ def _metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _samples(
-    kept: Sequence[Example], shown: Mapping[str, Mapping[str, str]], folder: Path, count: int
+    drawn: Sequence[Example], shown: Mapping[str, Mapping[str, str]], folder: Path, config
 ) -> list[dict[str, Any]]:
-    """Up to `count` of each criterion and score, of those of which it is known what the teacher was shown."""
+    """The first few of each criterion and score, of those of which it is known what the teacher was shown."""
     chosen, taken = [], collections.Counter()
-    for one in kept:
-        if one.id in shown and taken[one.criterion, one.score] < count:
+    for one in drawn:
+        if one.id in shown and taken[one.criterion, one.score] < config.output.samples:
             taken[one.criterion, one.score] += 1
             chosen.append(one)
     chosen.sort(key=lambda one: (one.criterion, one.score))

@@ -10,8 +10,9 @@ from firm_jax import storage
 from firm_jax.curation.stage import Example
 from firm_jax.data.images import load_image, to_array
 from firm_jax.shapes import edit_teach, oracle, teach
-from firm_jax.shapes.edit_oracle import compare
+from firm_jax.shapes.edit_oracle import compare_readings
 from firm_jax.shapes.edits import Edit, sample_target
+from firm_jax.shapes.oracle import Reading
 from firm_jax.shapes.other_instructions import by_text
 from firm_jax.shapes.render import render, to_pil
 from firm_jax.shapes.scene import TAGS, Prompt, choice, corrupt_prompt, sample_prompt, sample_scene
@@ -69,11 +70,16 @@ class Truth:
 
     def __init__(self, file: Path, task: str):
         self._folder, self._asked = file.parent, by_text(asked_of(file, task))
+        self._readings: dict[str, Reading] = {}
 
     def score(self, example: Example) -> int:
         """1 to 5."""
-        asked = self._asked[example.prompt]
-        pixels = [to_array(load_image(path, self._folder)) for path in example.images]
+        asked, readings = self._asked[example.prompt], [self._read(path) for path in example.images]
         if isinstance(asked, Prompt):
-            return oracle.alignment_score(*pixels, asked)
-        return edit_teach.score_of(example.criterion, compare(*pixels, asked))
+            return oracle.share_to_score(float(np.mean(oracle.check_reading(*readings, asked))))
+        return edit_teach.score_of(example.criterion, compare_readings(*readings, asked))
+
+    def _read(self, path: str) -> Reading:
+        if path not in self._readings:
+            self._readings[path] = oracle.inspect(to_array(load_image(path, self._folder)))
+        return self._readings[path]
