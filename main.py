@@ -80,9 +80,14 @@ def main(argv: list[str]) -> None:
 
 
 def named(name: str) -> Callable:
-    """What a name like `package.module:function` means."""
+    """What a name like `package.module:function` means. ConfigError where an extra has to be installed for it."""
     module, function = name.split(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        raise ConfigError(f"this job cannot be run: {error}") from error
 
 
 def split_cpu(config) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 from curation_world import picture, wise
@@ -18,6 +19,8 @@ from firm_jax.data.conversations import load_conversations
 from firm_jax.errors import BudgetError, ConfigError, DataError, WorkdirError
 from firm_jax.run import Stopped
 from firm_jax.workdir import WorkdirLock
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[data]'")
 
 RECIPES = [("gen", "plan_then_score"), ("gen", "single_pass"), ("edit", "difference_first"), ("edit", "single_pass")]
 FILES = [f"{part}.{ending}" for part in (EXAMPLES, HELD_OUT) for ending in ("parquet", "jsonl")]
@@ -217,6 +220,13 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(tmp_path, changed,
     with pytest.raises(ConfigError, match=problem):
         curate(tiny("gen", count=2, **changed), tmp_path)
     assert not (tmp_path / "examples.jsonl").exists()
+
+
+def test_parquet_that_cannot_be_written_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"parquet needs pyarrow.*firm-jax\[data\]"):
+        curate(tiny("gen", count=2), tmp_path)
+    assert not (tmp_path / job.LEDGER).exists()
 
 
 def test_a_budget_of_money_needs_prices(tmp_path):

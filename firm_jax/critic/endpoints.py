@@ -19,7 +19,7 @@ try:
     import httpx
     import tenacity
 except ImportError as error:
-    raise ImportError(f"a remote critic needs {error.name}: pip install -e '.[remote]'", name=error.name) from error
+    raise ImportError(f"asking a server needs {error.name}: pip install -e '.[remote]'", name=error.name) from error
 
 T = TypeVar("T")
 

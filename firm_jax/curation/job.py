@@ -29,6 +29,7 @@ from firm_jax.curation.report import write_report
 from firm_jax.curation.selection import Rules, benchmark_of, look_at, selected
 from firm_jax.curation.stage import Example, Outcome, Record, Stage
 from firm_jax.curation.teacher import Teacher, TeacherSettings
+from firm_jax.data.conversation_files import parquet_modules
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import BudgetError, ConfigError, DataError, FirmError
 from firm_jax.metrics import MetricWriter
@@ -141,8 +142,11 @@ class _Curation:
             self.asks.append("planner")
         if not 0 <= config.output.held_out < 1:
             raise ConfigError(f"output.held_out is {config.output.held_out}; give a share from 0 to below 1")
-        if unknown := set(config.output.formats) - set(outputs.FORMATS) or not config.output.formats:
-            raise ConfigError(f"output.formats has {unknown}; give one or more of {', '.join(outputs.FORMATS)}")
+        formats = config.output.formats
+        if not formats or not set(formats) <= outputs.FORMATS.keys():
+            raise ConfigError(f"output.formats is {tuple(formats)}; give one or more of {', '.join(outputs.FORMATS)}")
+        if "parquet" in formats:
+            parquet_modules()  # before anything is asked, not after
         if config.teachers.backend not in BACKENDS:
             raise ConfigError(f"teachers.backend is {config.teachers.backend!r}; it is {' or '.join(BACKENDS)}")
         if config.teachers.backend == ORACLE and config.records.source != shapes.SOURCE:

@@ -56,19 +56,25 @@ def write_sharegpt(path: str | os.PathLike, conversations: Iterable[Conversation
     return count
 
 
-def write_parquet(path: str | os.PathLike, conversations: Iterable[Conversation]) -> int:
-    """Write one parquet file: `messages`, `images` as Hugging Face's {bytes, path}, `criterion` and `id`.
-
-    As `write_sharegpt`; ConfigError also without pyarrow.
-    """
+def parquet_modules():
+    """pyarrow and its parquet; ConfigError where they are not installed."""
     try:
         import pyarrow
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
             f"parquet needs pyarrow, which cannot be imported ({error}). Install it with "
             "`pip install 'firm-jax[data]'`, or write .jsonl."
         ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def write_parquet(path: str | os.PathLike, conversations: Iterable[Conversation]) -> int:
+    """Write one parquet file: `messages`, `images` as Hugging Face's {bytes, path}, `criterion` and `id`.
+
+    As `write_sharegpt`; ConfigError also without pyarrow.
+    """
+    pyarrow, parquet = parquet_modules()
     path = Path(path)
     if path.suffix != ".parquet":
         raise ConfigError(f"{path}: a parquet file is named .parquet, or it is not found again")
