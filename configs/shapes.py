@@ -201,8 +201,9 @@ def critic_gen() -> ConfigDict:
     parts = ("messages", "images", "criterion", "id")
     config.data.columns = {part: config_dict.placeholder(str) for part in parts}
     config.eval.update({"every": 6, "examples": 256, "batch_size": 128, "max_new_tokens": 128})
-    config.data.max_pixels = config.eval.answers = config_dict.placeholder(int)
-    config.eval.update({"bench": config_dict.placeholder(str), "bench_task": "gen"})
+    config.data.max_pixels = config_dict.placeholder(int)
+    config.eval.update({"answers": config_dict.placeholder(int), "bench": config_dict.placeholder(str)})
+    config.eval.bench_task = "gen"
     config.miniature = {
         "base": config_dict.placeholder(str),  # a critic of these sizes whose weights it starts with
         "vocab_size": 800,

@@ -237,6 +237,10 @@ def test_configs_that_cannot_be_run(file, folder, tmp_path):
     config.data.held_out = None
     with pytest.raises(ConfigError, match="held_out is not set"):
         sft.train(config, str(tmp_path / "a"))
+    for key, value in (("batch_size", 0), ("param_dtype", "float8"), ("stored_dtype", "int8"), ("report_every", 0.0)):
+        with pytest.raises(ConfigError, match=rf"train\.{key} is '?{value}"):
+            sft.train(make_config(file, folder, **{key: value}), str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
     config = make_config(file, folder)
     config.tune.update({"vision": False, "projector": False, "language": False})
     with pytest.raises(ConfigError, match=r"nothing is trained: all of tune.projector, tune.vision, tune.language"):

@@ -10,7 +10,7 @@ from critic_miniature import picture
 from test_sft import file, folder, make_config, metrics_of, one_device  # noqa: F401
 
 from firm_jax import models
-from firm_jax.critic import sft, sft_data
+from firm_jax.critic import Critic, sft, sft_data, sft_eval
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError, DataError, WeightsError
 from firm_jax.interop.lora_formats import merged, read_adapter
@@ -29,7 +29,7 @@ def lora_config(file, folder):  # noqa: F811
     config.lora = {"rank": 2, "alpha": 3.0, "targets": ("q_proj", "down_proj", "attn.qkv", "linear_fc1")}
     config.data.held_out, config.data.held_out_share = None, 0.1
     config.eval.update({"every": 1, "answers": 0})
-    config.checkpoint.every = 0.5
+    config.checkpoint = {"every": 0.5, "keep": 2}
     return config
 
 
@@ -63,15 +63,27 @@ def test_a_lora_stopped_within_an_epoch_continues_bit_for_bit(file, folder, tmp_
         np.testing.assert_allclose(left[name], expected.astype(np.float16), rtol=2e-3, atol=1e-6, err_msg=name)
 
 
-def test_frozen_parts_leave_as_they_came(file, folder, tmp_path, one_device):  # noqa: F811
+def test_frozen_parts_leave_as_they_came(file, folder, tmp_path, monkeypatch, one_device):  # noqa: F811
+    """In packed rows; and the critic in training is measured on the benchmark that the config names."""
+
+    def measured(critic, bench, task, **options):
+        assert isinstance(critic, Critic) and (bench, task) == ("embedded:bench_gen", "gen")
+        assert set(options) == {"max_new_tokens", "batch_size", "progress"}
+        return {"eval/bench_mae": 1.25}
+
+    monkeypatch.setattr(sft_eval, "bench_metrics", measured)
     config = make_config(file, folder, epochs=1, stored_dtype="float32", packing=True, packed_images=4)
     config.tune.update({"vision": False, "projector": False})
-    config.eval.answers = 0
+    config.eval.update({"answers": 0, "bench": "embedded:bench_gen", "bench_task": "gen"})
     sft.train(config, str(tmp_path))
     before, after = leaves(folder), leaves(tmp_path / "model")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and all("language_model" in name for name in changed)
-    assert "eval/mae" not in metrics_of(tmp_path)[-1]
+    last = metrics_of(tmp_path)[-1]
+    assert last["eval/bench_mae"] == 1.25 and "eval/mae" not in last
+    config.eval.bench = str(tmp_path)
+    with pytest.raises(DataError, match=r"bench_v1\.jsonl"):
+        sft.train(config, str(tmp_path / "other"))
 
 
 @pytest.fixture(scope="module")

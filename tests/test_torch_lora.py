@@ -15,7 +15,7 @@ from transformers import Qwen3VLForConditionalGeneration  # noqa: E402
 from firm_jax import models  # noqa: E402
 from firm_jax.critic import sft, sft_data, tuning  # noqa: E402
 from firm_jax.critic.processing import Processor, collate, image_table  # noqa: E402
-from firm_jax.critic.score import Critic  # noqa: E402
+from firm_jax.critic.score import Critic, served_rubrics  # noqa: E402
 from firm_jax.interop.lora_formats import adapter_of, write_peft  # noqa: E402
 from firm_jax.models.lora import LoraConfig  # noqa: E402
 
@@ -33,7 +33,7 @@ def trained(reference, tmp_path_factory):  # noqa: F811
     rng = np.random.default_rng(0)
     lora = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), lora)
     model = nnx.merge(graphdef, jax.jit(chosen.merged)(lora, frozen))
-    sft.write_model(folder / "model", Processor(base), model, {}, "float32")
+    sft.write_model(folder / "model", Processor(base), model, served_rubrics(base), "float32")
     adapter = adapter_of(lora, model.weight_rules(model.config), chosen.lora)
     write_peft(folder, adapter, str(base))
     plain = Qwen3VLForConditionalGeneration.from_pretrained(base, attn_implementation="eager").eval()

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from firm_jax import models
+from firm_jax.critic.bench.records import CRITERIA
 from firm_jax.critic.processing import Processor
 from firm_jax.critic.rubric import Rubric
 from firm_jax.critic.score import served_rubrics
@@ -43,6 +44,9 @@ from firm_jax.shapes.critic_folder import write_critic_folder
 # What a trained critic's folder takes over from the one it was made from.
 COMPANIONS = ("tokenizer*.json", "vocab.json", "merges.txt", "*preprocessor_config.json", "processor_config.json")
 COMPANIONS += ("generation_config.json", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
+
+# In which numbers parameters, moments and activations can be held.
+HELD = ("float32", "bfloat16")
 
 # What a random key is for; each purpose has its own stream below the run's one root key.
 LORA, ROUNDING = range(2)
@@ -183,6 +187,7 @@ def train(config, workdir: str) -> None:
     Raises ConfigError, WeightsError or DataError before anything is trained, NonFiniteError when a step is.
     """
     mesh, tuning, settings = make_mesh(**config.mesh), Tuning.from_config(config), config.train
+    check_settings(config)
     with Run(config, workdir) as run, jax.set_mesh(mesh):
         folder, processor, rubrics, examples, held_out = prepare(config, run)
         run.base_weights = {"critic": identity(folder)}
@@ -249,6 +254,19 @@ def train(config, workdir: str) -> None:
                 adapter = adapter_of(lora, model.weight_rules(model.config), tuning.lora)
                 (run.workdir / "adapter").mkdir(exist_ok=True)
                 write_peft(run.workdir / "adapter", adapter, config.critic.model or str(folder))
+
+
+def check_settings(config) -> None:
+    """Raise ConfigError for a value that cannot be used, before anything is loaded."""
+    train = config.train
+    for key in ("batch_size", "examples_per_device", "report_every"):
+        if train[key] <= 0:
+            raise ConfigError(f"train.{key} is {train[key]}: it has to be more than 0")
+    for key in ("param_dtype", "moment_dtype", "compute_dtype", "stored_dtype"):
+        if train[key] not in (known := models.DTYPES if key == "stored_dtype" else HELD):
+            raise ConfigError(f"train.{key} is {train[key]!r}; it can be {' or '.join(known)}")
+    if config.eval.bench and config.eval.bench_task not in CRITERIA:
+        raise ConfigError(f"eval.bench_task is {config.eval.bench_task!r}; it can be {' or '.join(CRITERIA)}")
 
 
 def prepare(config, run: Run):
