@@ -19,7 +19,7 @@ from firm_jax.critic.bench.records import CRITERIA
 from firm_jax.critic.processing import image_table, lay_out
 from firm_jax.critic.programs import CLOSING_TOKENS, OPENING_TOKENS, AbstractCritic
 from firm_jax.critic.rubric import RUBRICS
-from firm_jax.critic.sft import init_state, make_evaluation, make_update, make_whole
+from firm_jax.critic.sft import check_settings, init_state, make_evaluation, make_update, make_whole
 from firm_jax.critic.sft_data import micro_batches
 from firm_jax.critic.tuning import Tuning, learning_rates, make_optimizer
 from firm_jax.embedded import embedded_path
@@ -41,6 +41,7 @@ class SFTPrograms:
 
     def __init__(self, config, mesh: Mesh):
         self.config, self.mesh, settings = config, mesh, config.train
+        check_settings(config)
         tuning = Tuning.from_config(config)
         if not config.critic.model:
             raise ConfigError("a plan needs a network: set critic.model to a folder or to the id of a published critic")
