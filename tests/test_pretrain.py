@@ -82,6 +82,7 @@ def test_the_autoencoder_job_starts_from_a_folder(trained_autoencoder, tmp_path,
         autoencoder.train_autoencoder(config, str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_the_generator_job_continues_and_leaves_a_pipeline(trained_autoencoder, tmp_path, one_device):
     config = load_config("configs/shapes.py:generator")
     config.train.update(FEW | {"pictures": 4, "wrong_epochs": 1})
@@ -151,6 +152,7 @@ def test_the_edit_autoencoder_job_measures_its_latents_channel_by_channel(traine
     assert np.isfinite(last_metrics(trained_edit_autoencoder)["grad/norm"])
 
 
+@pytest.mark.slow
 def test_the_edit_generator_job_continues_and_leaves_a_pipeline(trained_edit_autoencoder, tmp_path, one_device):
     config = load_config("configs/shapes.py:edit_generator")
     config.train.update(FEW | {"tasks": 20, "batch_size": 4, "wrong_epochs": 1})

@@ -116,7 +116,7 @@ def test_failures_within_the_budget_are_masked_and_counted(world, tmp_path):
     assert line["reward/std"] > 0 and line["critic/entropy"] > 0
     records = lines(tmp_path / "run" / "judgements.jsonl")
     missing = {record["image"] for record in records if record["status"] != "ok"}
-    assert line["reward/missing"] == len(missing) and missing <= {0, 1}
+    assert line["reward/missing"] == len(missing) and 1 <= len(missing) <= 2  # whichever were asked about first
     for record in records:
         assert (record["reward"] is None) == (record["image"] in missing)
         if record["status"] == "ok":
