@@ -10,11 +10,11 @@ from fake_critic import FakeCritic
 from firm_jax.commands import bench as command
 from firm_jax.commands import main
 from firm_jax.critic.bench import paper, questions
+from firm_jax.critic.bench.miniature import write_bench
 from firm_jax.critic.bench.records import HUMAN, ITEMS, read_bench
 from firm_jax.critic.bench.report import measured
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import DataError
-from firm_jax.shapes.bench import write_bench
 
 
 @pytest.fixture(scope="module")

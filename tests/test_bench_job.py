@@ -18,10 +18,10 @@ from scripted import ScriptedCritic
 
 from firm_jax.config import load_config
 from firm_jax.critic.bench import job
+from firm_jax.critic.bench.miniature import write_bench
 from firm_jax.critic.bench.records import read_bench
 from firm_jax.errors import ConfigError, CriticError
 from firm_jax.run import Stopped
-from firm_jax.shapes.bench import write_bench
 
 ROOT = Path(__file__).parents[1]
 ITEMS = 20

@@ -11,6 +11,7 @@ from firm_jax.critic.questions import Picture
 from firm_jax.critic.rubric import rubrics_from
 from firm_jax.curation import difference_first, mismatch, plan_then_score, single_pass
 from firm_jax.curation.ledger import Budget, Ledger
+from firm_jax.curation.oracle_teacher import Eye, OracleTeacher
 from firm_jax.curation.stage import Record, fill
 from firm_jax.curation.teacher import REFUSED, TeacherSettings
 from firm_jax.data.patches import image_digest
@@ -19,7 +20,6 @@ from firm_jax.errors import BudgetError, ConfigError
 from firm_jax.shapes import differences, edit_teach, oracle, teach
 from firm_jax.shapes.edit_oracle import compare, compare_readings
 from firm_jax.shapes.edits import sample_target
-from firm_jax.shapes.oracle_teacher import Eye, OracleTeacher
 from firm_jax.shapes.other_instructions import other_instruction
 from firm_jax.shapes.render import render
 from firm_jax.shapes.scene import TAGS, choice, corrupt_prompt, sample_prompt, sample_scene

@@ -30,7 +30,7 @@ FIELDS = ("prompt", "requirement")
 WITHOUT_PROMPT = ("quality",)
 
 # A word in braces is a field. `\boxed{n}` and the like are LaTeX: there the brace follows a letter.
-_FIELD = re.compile(r"(?<![A-Za-z])\{([A-Za-z_]\w*)\}")
+FIELD = re.compile(r"(?<![A-Za-z])\{([A-Za-z_]\w*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Rubric:
         Raises:
             ConfigError: if there is a requirement that the rubric, though it shows the prompt, would drop.
         """
-        fields = set(_FIELD.findall(self.text))
+        fields = set(FIELD.findall(self.text))
         if requirement and "prompt" in fields and "requirement" not in fields:
             raise ConfigError(
                 f"rubric {self.name!r} has no field {{requirement}}, so the critic would not see the requirement "
@@ -56,7 +56,7 @@ class Rubric:
         text = self.text if requirement else self.text.replace("{requirement}\n", "")
         values = {"prompt": prompt, "requirement": requirement}
         # In one pass: a prompt that itself contains a field's name is not filled again.
-        return _FIELD.sub(lambda field: values[field[1]], text)
+        return FIELD.sub(lambda field: values[field[1]], text)
 
 
 def load_rubric(name_or_path: str | os.PathLike, *, needs_prompt: bool | None = None) -> Rubric:
@@ -111,11 +111,11 @@ def _check(path: Path, text: str, needs_prompt: bool) -> None:
     for number, line in enumerate(text.splitlines(), 1):
         if "{{" in line:
             raise ConfigError(f"rubric {path}, line {number}: braces are not doubled here; write '{{' once.")
-        unknown = set(_FIELD.findall(line)) - set(FIELDS)
+        unknown = set(FIELD.findall(line)) - set(FIELDS)
         if unknown:
             raise ConfigError(
                 f"rubric {path}, line {number}: unknown field {{{unknown.pop()}}}; "
                 f"known are {', '.join(f'{{{name}}}' for name in FIELDS)}."
             )
-    if needs_prompt and "prompt" not in _FIELD.findall(text):
+    if needs_prompt and "prompt" not in FIELD.findall(text):
         raise ConfigError(f"rubric {path} never shows the instruction; put {{prompt}} where it belongs.")

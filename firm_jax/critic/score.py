@@ -51,6 +51,11 @@ class Judgement:
     rubric: str
     probabilities: tuple[float, ...] | None = None
 
+    def record(self) -> dict:
+        """What files of judgements keep of it beside what was asked, for JSON."""
+        kept = ("score", "expected", "entropy", "status", "reason", "text", "rubric")
+        return {name: getattr(self, name) for name in kept}
+
 
 class Critic:
     """A Qwen3-VL model that writes judgements.

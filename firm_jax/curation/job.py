@@ -20,9 +20,10 @@ from tqdm import tqdm
 from firm_jax import storage
 from firm_jax.critic.endpoints import Policy
 from firm_jax.critic.rubric import FOLDER, rubrics_from
-from firm_jax.curation import mismatch, outputs
+from firm_jax.curation import miniature, mismatch, outputs
 from firm_jax.curation.engine import Engine
 from firm_jax.curation.ledger import Budget, Ledger
+from firm_jax.curation.oracle_teacher import Eye, OracleTeacher
 from firm_jax.curation.recipes import Recipe, recipe_of
 from firm_jax.curation.records import Source, read_records
 from firm_jax.curation.report import write_report
@@ -34,8 +35,6 @@ from firm_jax.embedded import embedded_path
 from firm_jax.errors import BudgetError, ConfigError, DataError, FirmError
 from firm_jax.metrics import MetricWriter
 from firm_jax.run import Stopped
-from firm_jax.shapes import curation as shapes
-from firm_jax.shapes.oracle_teacher import Eye, OracleTeacher
 from firm_jax.signals import StopSignals
 from firm_jax.workdir import WorkdirLock, contradictions, plain_config, prepare_workdir
 
@@ -149,9 +148,9 @@ class _Curation:
             parquet_modules()  # before anything is asked, not after
         if config.teachers.backend not in BACKENDS:
             raise ConfigError(f"teachers.backend is {config.teachers.backend!r}; it is {' or '.join(BACKENDS)}")
-        if config.teachers.backend == ORACLE and config.records.source != shapes.SOURCE:
+        if config.teachers.backend == ORACLE and config.records.source != miniature.SOURCE:
             raise ConfigError(
-                f"teachers.backend {ORACLE!r} knows the records of records.source={shapes.SOURCE!r} alone"
+                f"teachers.backend {ORACLE!r} knows the records of records.source={miniature.SOURCE!r} alone"
             )
         if config.log_every < 1:
             raise ConfigError(f"log_every is {config.log_every}; give 1 or more")
@@ -193,9 +192,9 @@ class _Curation:
     def _source(self) -> Source:
         config = self.config
         file = Path(config.records.source)
-        if config.records.source == shapes.SOURCE:
+        if config.records.source == miniature.SOURCE:
             drawn = config.shapes
-            file = shapes.draw_records(
+            file = miniature.draw_records(
                 self.workdir / "records", config.task, drawn.count, config.seed, drawn.faults.to_dict()
             )
             self._list = file
@@ -223,7 +222,7 @@ class _Curation:
         config = self.config
         if config.teachers.backend == ORACLE:
             eye = Eye(config.shapes.miss, config.shapes.skip, config.seed)
-            return OracleTeacher(settings, shapes.asked_of(self._list, config.task), eye)
+            return OracleTeacher(settings, miniature.asked_of(self._list, config.task), eye)
         return Teacher(settings, Policy(**config.requests.to_dict()))
 
     async def _ask(self, source: Source, ledger: Ledger, metrics: MetricWriter) -> None:
@@ -316,7 +315,7 @@ class _Curation:
             self._stop()
         outputs.write_quarantine(self.workdir, source.quarantined, collected.missing, rejected)
         written = outputs.write_examples(self.workdir, kept, looks, source.folder, config) if kept else {}
-        truth = shapes.Truth(self._list, config.task) if config.records.source == shapes.SOURCE else None
+        truth = miniature.Truth(self._list, config.task) if config.records.source == miniature.SOURCE else None
         report = write_report(
             self.workdir, config, source, collected, kept, rejected, written, ledger, truth, self.recipe, out_of_budget
         )

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from firm_jax.critic.rubric import Rubric
+from firm_jax.critic.rubric import FIELD, Rubric
 
 FOLDER = Path(__file__).parent / "prompts"
-# A word in braces is a field. `\boxed{n}` and the like are LaTeX: there the brace follows a letter.
-_FIELD = re.compile(r"(?<![A-Za-z])\{([a-z_]+)\}")
 
 
 class Unreadable(Exception):
@@ -136,9 +134,9 @@ def fill(text: str, fields: Mapping[str, str]) -> str:
 
     Raises ValueError where the fields are not exactly the template's.
     """
-    if open_ := set(_FIELD.findall(text)) ^ fields.keys():
+    if open_ := set(FIELD.findall(text)) ^ fields.keys():
         raise ValueError(f"the template's fields and those given differ: {', '.join(sorted(open_))}")
-    return _FIELD.sub(lambda found: fields[found[1]], text)
+    return FIELD.sub(lambda found: fields[found[1]], text)
 
 
 # What the teacher alone was shown goes by these names in its prompts. A critic that never sees it must not speak of it.

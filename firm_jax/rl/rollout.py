@@ -289,12 +289,6 @@ def recorded(criterion: str, judgement: Judgement, reward: float) -> dict:
     """The judgement of one image by a criterion of the reward as a record of JSON, with the image's reward."""
     return {
         "criterion": criterion,
-        "score": judgement.score,
-        "expected": judgement.expected,
-        "entropy": judgement.entropy,
-        "status": judgement.status,
-        "reason": judgement.reason,
-        "text": judgement.text,
-        "rubric": judgement.rubric,
+        **judgement.record(),
         "reward": float(reward) if np.isfinite(reward) else None,
     }

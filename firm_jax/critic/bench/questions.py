@@ -97,13 +97,7 @@ def ask(critic, every: Sequence[Asked], numbers: Sequence[int], max_new_tokens: 
             "prompt": one.prompt,
             "image": one.pictures[-1].path,
             "sha256": [opened[picture][1] for picture in one.pictures],
-            "score": judgement.score,
-            "expected": judgement.expected,
-            "entropy": judgement.entropy,
-            "status": judgement.status,
-            "reason": judgement.reason,
-            "text": judgement.text,
-            "rubric": judgement.rubric,
+            **judgement.record(),
         }
         for number, one, judgement in zip(numbers, batch, _judged(critic, requests, max_new_tokens), strict=True)
     ]

@@ -1,6 +1,6 @@
 """The miniature benchmark: pictures of the shapes world in FIRM-Bench's files, scored by the oracle in people's place.
 
-`python -m firm_jax.shapes.bench FOLDER` writes `bench_gen` and `bench_edit`, as they ship with the package.
+`python -m firm_jax.critic.bench.miniature FOLDER` writes `bench_gen` and `bench_edit`, as they ship with the package.
 """
 
 import json
