@@ -63,7 +63,7 @@ def tiny_edit() -> ConfigDict:
     config.critic = {"model": "embedded:critic_gen", "rubrics": "embedded:critic_edit/rubrics"}
     config.data.update({"source": "shapes_edits", "examples": 4_000, "held_out_share": 0.05, "max_pixels": 64 * 64})
     config.tune.update({"vision": True, "projector": True})
-    config.train.update({"epochs": 1, "batch_size": 16, "examples_per_device": 8, "lengths": (256, 288, 320)})
+    config.train.update({"epochs": 1, "batch_size": 16, "examples_per_device": 8, "lengths": (256, 288, 352)})
     config.train.update({"learning_rate": 1e-3, "b2": 0.98, "verdict_weight": 8.0, "report_every": 0.1})
     config.train.update({"compute_dtype": "float32", "stored_dtype": "float16"})
     config.eval.update({"every": 1.0, "examples": 128, "batch_size": 128, "max_new_tokens": 192})
@@ -78,7 +78,7 @@ def tiny_gen() -> ConfigDict:
     config.critic = {"model": "embedded:critic_edit", "rubrics": "embedded:critic_gen/rubrics"}
     config.data.source = "shapes"
     config.eval.update({"bench": "embedded:bench_gen", "bench_task": "gen"})
-    config.train.lengths = (160, 224, 256)
+    config.train.lengths = (160, 224, 272)
     return config
 
 

@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 from firm_jax import models
 from firm_jax.config import load_config
 from firm_jax.critic import Critic, sft, sft_data, sft_eval, tuning
+from firm_jax.critic.packing import measure
 from firm_jax.critic.processing import Processor
 from firm_jax.data.conversations import Conversation, load_conversations
+from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError, DataError, NonFiniteError
 from firm_jax.mesh import make_mesh
 from firm_jax.models.layers import Linear
@@ -108,6 +110,18 @@ def test_the_miniatures_critics_are_trained_on_their_own_half_of_the_shapes_worl
         assert {example.criterion for example in drawn} == criteria
         assert {len(example.images) for example in drawn} == {images}
         assert all(sft_data.read_scores(example.answer).scores for example in drawn)
+
+
+@pytest.mark.parametrize("variant", ["tiny_edit", "tiny_gen"])
+def test_the_examples_of_the_miniature_jobs_have_room(variant):
+    config = load_config(f"configs/critic_sft.py:{variant}")
+    config.data.examples = config.eval.examples = 250
+    processor = Processor(embedded_path(config.critic.model), config.data.max_pixels)
+    lengths = np.concatenate(
+        [measure(part, processor).tokens for part in sft_data.sources(config, sft_data.rubrics_of(config), processor)]
+    )
+    *_, before, longest = sorted(config.train.lengths)
+    assert lengths.max() <= longest - 16 and np.mean(lengths <= before) > 0.5  # of 12,000 the longest: 327, 255
 
 
 def test_an_example_that_is_too_long_is_an_error(file, folder):
