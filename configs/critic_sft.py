@@ -56,14 +56,14 @@ def gen() -> ConfigDict:
 
 
 def tiny_edit() -> ConfigDict:
-    """The critic of generated pictures learns to judge edits: the shapes world's, on two CPU cores in minutes."""
+    """The miniature's describer, which sees and does not judge, learns to judge edits, on two CPU cores in minutes."""
     config = edit()
     config.seed = 0
     config.cpu_devices, config.mesh = 2, {"data": -1, "fsdp": 1, "tensor": 1}
-    config.critic = {"model": "embedded:critic_gen", "rubrics": "embedded:critic_edit/rubrics"}
+    config.critic = {"model": "embedded:describer", "rubrics": "embedded:critic_edit/rubrics"}
     config.data.update({"source": "shapes_edits", "examples": 4_000, "held_out_share": 0.05, "max_pixels": 64 * 64})
     config.tune.update({"vision": True, "projector": True})
-    config.train.update({"epochs": 1, "batch_size": 16, "examples_per_device": 8, "lengths": (256, 288, 352)})
+    config.train.update({"epochs": 1, "batch_size": 16, "examples_per_device": 8, "lengths": (176, 192, 232)})
     config.train.update({"learning_rate": 1e-3, "b2": 0.98, "verdict_weight": 8.0, "report_every": 0.1})
     config.train.update({"compute_dtype": "float32", "stored_dtype": "float16"})
     config.eval.update({"every": 1.0, "examples": 128, "batch_size": 128, "max_new_tokens": 192})
@@ -73,9 +73,9 @@ def tiny_edit() -> ConfigDict:
 
 
 def tiny_gen() -> ConfigDict:
-    """The critic of edits learns to judge generated pictures, on two CPU cores in minutes."""
+    """The miniature's describer learns to judge generated pictures, on two CPU cores in minutes."""
     config = tiny_edit()
-    config.critic = {"model": "embedded:critic_edit", "rubrics": "embedded:critic_gen/rubrics"}
+    config.critic.rubrics = "embedded:critic_gen/rubrics"
     config.data.source = "shapes"
     config.eval.update({"bench": "embedded:bench_gen", "bench_task": "gen"})
     config.train.lengths = (160, 224, 272)

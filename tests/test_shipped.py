@@ -5,8 +5,10 @@ import pytest
 
 from firm_jax import Critic, Generator
 from firm_jax.critic.rubric import rubrics_from
+from firm_jax.critic.sft_data import read_scores
 from firm_jax.critic.sft_eval import score_errors
 from firm_jax.embedded import embedded_path
+from firm_jax.shapes import describer as seeing
 from firm_jax.shapes import edit_oracle, edit_teach, oracle
 from firm_jax.shapes.conversations import ShapesConversations, ShapesEditConversations
 from firm_jax.shapes.edits import edits
@@ -87,9 +89,26 @@ def test_the_edit_critic_judges_the_editors_pictures(edit_critic):
         assert np.abs(np.array(judged) - scores).mean() < most
 
 
+def test_the_describer_sees_and_has_no_opinion():
+    describer = Critic.from_pretrained("embedded:describer", dtype="float32")
+    asked = list(seeing.conversations(20_000, 24))  # beyond those that it has learned
+    told = describer.generate([{"images": one.images, "text": one.prompt} for one in asked], max_new_tokens=96)
+    right = {seeing.DESCRIBE: [], seeing.COMPARE: []}
+    for one, text in zip(asked, told, strict=True):
+        parts = one.answer.rstrip(".").split(", ") if one.prompt == seeing.DESCRIBE else one.answer.split("\n")
+        right[one.prompt] += [part in text for part in parts]
+    for question, least in ((seeing.DESCRIBE, 0.9), (seeing.COMPARE, 0.5)):
+        assert len(right[question]) > 12 and np.mean(right[question]) > least
+    rubric = rubrics_from(RUBRICS)["alignment"]
+    texts = [rubric.fill(asked[number].answer) for number in range(4)]
+    judged = describer.generate([{"images": asked[0].images[:1], "text": text} for text in texts], max_new_tokens=96)
+    assert all(read_scores(text).scores is None for text in judged)
+
+
 def test_all_that_ships_is_small():
     root = embedded_path("embedded:sd3").parent
     # A link is to a part of another folder: Qwen-Image draws and edits through one autoencoder.
     sizes = {folder.name: sum(file.lstat().st_size for file in folder.rglob("*")) for folder in root.iterdir()}
     editing = sum(sizes.pop(name) for name in ("edits", "qwen_image_edit", "critic_edit", "bench_edit"))
+    assert sizes.pop("describer") < 4e6
     assert sum(sizes.values()) < 15e6 and editing < 15e6
