@@ -269,6 +269,15 @@ def test_saving_is_the_inverse_of_loading(tmp_path, limit):
     assert_equal(read(again), params)
 
 
+@pytest.mark.parametrize("folder_mode, file_mode", [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
+def test_what_is_saved_is_as_readable_as_its_folder(tmp_path, folder_mode, file_mode):
+    write(tmp_path, example())
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again").chmod(folder_mode)
+    save_params(read(tmp_path), RULES, tmp_path / "again", "model")
+    assert (tmp_path / "again" / "model.safetensors").stat().st_mode & 0o777 == file_mode
+
+
 def test_shards_keep_to_their_limit_and_the_index_adds_up(tmp_path):
     write(tmp_path, example())
     save_params(read(tmp_path), RULES, tmp_path / "shards", "model", max_shard_bytes=400)

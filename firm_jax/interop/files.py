@@ -14,13 +14,21 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from firm_jax.errors import WeightsError
 
 STEMS = ("diffusion_pytorch_model", "model")
 READABLE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 COMPARED_BYTES = 4 << 20
+PYTORCH = {"format": "pt"}  # the metadata without which transformers refuses a file
 _AGAIN = "fetch the file again"
+
+
+def write_tensors(named: dict[str, np.ndarray], file: Path, metadata: dict[str, str] = PYTORCH) -> None:
+    """Write a safetensors file that is as readable as its folder; the library leaves it to its owner alone."""
+    save_file(named, file, metadata)
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 class Stored(NamedTuple):

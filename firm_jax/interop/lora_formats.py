@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from firm_jax.errors import ConfigError, WeightsError
-from firm_jax.interop.files import READABLE, WeightFiles, read_json, some
+from firm_jax.interop.files import PYTORCH, READABLE, WeightFiles, read_json, some, write_tensors
 from firm_jax.interop.mapping import SAME_NAMES, Rule, Tensor, tensors
 from firm_jax.models.lora import LoraConfig, insert
 from firm_jax.sharding import path_name
@@ -156,14 +155,14 @@ def write_diffusers(folder: Path, adapter: Adapter) -> None:
     """A folder for `pipe.load_lora_weights`. diffusers reads rank and alpha of the layers from the file's metadata."""
     named = {f"transformer.{name}": array for name, array in _named(adapter, "lora_A", "lora_B").items()}
     settings = {f"transformer.{name}": value for name, value in _peft_settings(adapter).items()}
-    metadata = {"format": "pt", DIFFUSERS_METADATA: json.dumps(settings, indent=2, sort_keys=True)}
-    save_file(named, folder / DIFFUSERS_FILE, metadata)
+    metadata = PYTORCH | {DIFFUSERS_METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    write_tensors(named, folder / DIFFUSERS_FILE, metadata)
 
 
 def write_peft(folder: Path, adapter: Adapter, base_model: str) -> None:
     """A folder for `PeftModel.from_pretrained(transformer, folder)`."""
     named = {f"base_model.model.{name}": array for name, array in _named(adapter, "lora_A", "lora_B").items()}
-    save_file(named, folder / PEFT_FILE, {"format": "pt"})
+    write_tensors(named, folder / PEFT_FILE)
     settings = _peft_settings(adapter) | {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
@@ -187,7 +186,7 @@ def write_comfyui(folder: Path, adapter: Adapter, hf_class: str) -> None:
         )
     named = {f"transformer.{name}": array for name, array in _named(adapter, "lora_down", "lora_up").items()}
     named |= {f"transformer.{module}.alpha": np.float32(adapter.alpha) for module in adapter.pairs}
-    save_file({name: np.asarray(array) for name, array in named.items()}, folder / COMFYUI_FILE, {"format": "pt"})
+    write_tensors({name: np.asarray(array) for name, array in named.items()}, folder / COMFYUI_FILE)
 
 
 def _named(adapter: Adapter, *sides: str) -> dict[str, np.ndarray]:
@@ -338,6 +337,6 @@ def write_merged(source: Path, folder: Path, adapter: Adapter) -> None:
                     if not np.isfinite(weight.astype(np.float32)).all():
                         raise WeightsError(f"{name} merged is beyond the range of {weight.dtype}")
                 shard[name] = weight
-            save_file(shard, folder / file.name, {"format": "pt"})
+            write_tensors(shard, folder / file.name)
     for file in source.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())

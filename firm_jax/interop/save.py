@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
+from firm_jax.interop.files import write_tensors
 from firm_jax.interop.mapping import SAME_NAMES, Rule, tensors, to_torch
 from firm_jax.sharding import path_name
 
@@ -53,7 +53,7 @@ def save_params(
     for stale in (index, folder / f"{stem}.safetensors", *folder.glob(f"{stem}-?????-of-?????.safetensors")):
         stale.unlink(missing_ok=True)  # an earlier save's: a reader could not tell which set is meant
     for name, shard in zip(names, shards, strict=True):
-        save_file({tensor.name: stored(tensor) for tensor in shard}, folder / name, {"format": "pt"})
+        write_tensors({tensor.name: stored(tensor) for tensor in shard}, folder / name)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         content = {"metadata": {"total_size": sum(map(size, wanted))}, "weight_map": weight_map}

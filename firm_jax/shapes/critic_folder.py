@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from firm_jax.interop.files import write_tensors
 from firm_jax.models import abstract, save_pretrained
 from firm_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from firm_jax.sharding import path_name
@@ -152,7 +153,7 @@ def _write_with_vocabulary(folder: Path, base: Path, config: Qwen3VLConfig, toke
         return rows[pieces].mean(axis=0)
 
     tensors[EMBEDDING] = np.stack([row(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / "model.safetensors")
     _write(folder / "config.json", config.to_hf() | {"dtype": str(rows.dtype)})
 
 
