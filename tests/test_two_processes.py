@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_critic import fake
+from safetensors.numpy import load_file
 
 from firm_jax.processes import BEAT_SECONDS, LOST_EXIT_CODE, LOST_SECONDS
 
@@ -53,7 +54,10 @@ class Process:
         return self.process.wait(seconds)
 
 
-def start(workdir: Path, sizes: tuple[int, int, int], processes: int = 1, **changed) -> list[Process]:
+def start(
+    workdir: Path, sizes: tuple[int, int, int], processes: int = 1, config="configs/gen_qma.py:tiny", small=SMALL,
+    **changed,
+) -> list[Process]:  # fmt: skip
     """The job on a mesh whose devices the processes share evenly; compiled programs are kept beside the workdir.
 
     changed: values of the config's section `critic`.
@@ -61,9 +65,9 @@ def start(workdir: Path, sizes: tuple[int, int, int], processes: int = 1, **chan
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    given = SMALL | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    given = small | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
     given |= {f"critic.{name}": value for name, value in changed.items()}
-    command = [sys.executable, "main.py", "--config", "configs/gen_qma.py:tiny", "--workdir", str(workdir)]
+    command = [sys.executable, "main.py", "--config", config, "--workdir", str(workdir)]
     command += [f"--config.{name}={value}" for name, value in given.items()]
     devices = int(np.prod(sizes)) // processes
     environment = os.environ | {
@@ -129,6 +133,28 @@ def test_two_processes_train_as_one_with_one_device_or_eight(folder, together, s
     workdir = folder / "alone_on_{}x{}x{}".format(*sizes)
     finish(start(workdir, sizes))
     assert_same_run(workdir, together)
+
+
+def test_two_processes_train_a_critic_as_one(folder):
+    small = {
+        "data.examples": 64, "train.batch_size": 8, "train.examples_per_device": 2, "lora.rank": 4, "eval.examples": 8,
+        "eval.answers": 4, "train.report_every": 0.25,
+    }  # fmt: skip
+    runs = {"critic_together": 2, "critic_alone": 1}
+    for name, processes in runs.items():
+        finish(start(folder / name, (2, 2, 1), processes, "configs/critic_sft.py:tiny_edit", small))
+    ours, theirs = (lines(folder / name, "metrics.jsonl") for name in runs)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [2, 4, 6, 8]
+    for line, wanted in zip(ours, theirs, strict=True):
+        assert line["loss/total"] == pytest.approx(wanted["loss/total"], rel=1e-5)
+        assert line["grad/norm"] == pytest.approx(wanted["grad/norm"], rel=1e-4)
+    assert ours[-1]["eval/loss"] == pytest.approx(theirs[-1]["eval/loss"], rel=1e-5)
+    assert ours[-1]["eval/bench_failure_rate"] == theirs[-1]["eval/bench_failure_rate"]
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        found, wanted = (load_file(folder / name / file) for name in runs)
+        assert found.keys() == wanted.keys()
+        for name, tensor in found.items():
+            np.testing.assert_allclose(tensor.astype(np.float32), wanted[name].astype(np.float32), atol=2e-3)
 
 
 def interrupt(workdir: Path, together: Path, index: int, number: int) -> tuple[int, Process]:
