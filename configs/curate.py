@@ -35,6 +35,8 @@ def _curation(task: str, recipe: str) -> ConfigDict:
     config.rubrics = config_dict.placeholder(str)  # None: the package's
     config.records = {"source": f"data/curate_{task}.jsonl", "max_bad_fraction": 0.01}
     config.teachers = {"backend": "openai"}
+    config.engine = "embedded"
+    config.ray = {"workers": 4}
     config.requests = {
         "concurrency": 64,
         "connect_timeout": 5.0,  # seconds, as the next two

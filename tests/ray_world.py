@@ -55,6 +55,11 @@ def make(bills: str, fatal: str | None = None, after: float = 0.01) -> Teacher:
     return Teacher(SETTINGS, QUICK, transport=ScriptedTeacher(functools.partial(play, bills, fatal), after))
 
 
+def for_job(bills: str, after: float, settings, policy) -> Teacher:
+    """In the place of the job's own teachers."""
+    return Teacher(settings, policy, transport=ScriptedTeacher(functools.partial(play, bills, None), after))
+
+
 def engine(stages, ledger, folder, *made, workers=2, concurrency=4, budget: Budget | None = None) -> RayEngine:
     teachers = dict.fromkeys(world.ROLES, functools.partial(make, *made))
     return RayEngine(stages, teachers, ledger, folder, workers=workers, concurrency=concurrency, budget=budget)

@@ -211,6 +211,8 @@ def test_the_selection_may_be_made_anew(runs, tmp_path, monkeypatch):
         ({"output__formats": ()}, "one or more"),
         ({"output__held_out": 1.0}, "held_out"),
         ({"log_every": 0}, "log_every"),
+        ({"engine": "spark"}, "embedded or ray"),
+        ({"ray__workers": 0}, r"ray\.workers is 0"),
         ({"teachers__backend": "people"}, "openai or oracle"),
         ({"teachers__backend": "openai"}, r"teachers\.planner\.endpoints is empty"),
         ({"teachers__planner__price_in": -1.0}, "price_in"),
@@ -226,6 +228,14 @@ def test_parquet_that_cannot_be_written_is_refused_before_anything_is_asked(tmp_
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"parquet needs pyarrow.*firm-jax\[data\]"):
         curate(tiny("gen", count=2), tmp_path)
+    assert not (tmp_path / job.LEDGER).exists()
+
+
+def test_ray_that_is_not_installed_is_told_before_anything_is_asked(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "firm_jax.curation.ray_engine", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"engine='ray'.*pip install -e '\.\[ray\]'"):
+        curate(tiny("gen", count=2, engine="ray"), tmp_path)
     assert not (tmp_path / job.LEDGER).exists()
 
 

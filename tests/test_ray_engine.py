@@ -2,10 +2,14 @@
 
 import asyncio
 import collections
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -16,12 +20,16 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.
 
 import ray_world  # noqa: E402
 from ray_world import EDIT, GEN, collect, engine, records  # noqa: E402
+from test_curation_job import bytes_of, endpoints, tiny  # noqa: E402
 
+from firm_jax.curation import job, ray_engine  # noqa: E402
+from firm_jax.curation.engine import StopAsked  # noqa: E402
 from firm_jax.curation.ledger import Answered, Budget, Cost, Ledger  # noqa: E402
 from firm_jax.curation.ray_engine import Books, RayEngine  # noqa: E402
 from firm_jax.curation.stage import Record  # noqa: E402
 from firm_jax.curation.teacher import TeacherSettings  # noqa: E402
 from firm_jax.errors import BudgetError, ConfigError, DataError, WorkdirError  # noqa: E402
+from firm_jax.run import Stopped  # noqa: E402
 
 MOST = Cost(100, 100, 1000)
 MOST_TOKENS = 5_000
@@ -154,6 +162,33 @@ def test_the_budget_is_that_of_all_workers_and_what_ends_one_ends_all(tmp_path):
             await waiting
 
     with_books(tmp_path / "calls.sqlite", play, Budget(tokens=300))
+
+
+@pytest.mark.fault("curation-stopped")
+def test_when_a_stop_is_asked_for_nothing_is_claimed_and_what_is_on_its_way_is_kept(tmp_path):
+    async def play(books):
+        await answer(books, ANNE, "known")
+        assert await books.claim(*ANNE, "on its way") is None
+        await books.begin(*ANNE, "on its way", "plan", "m", MOST)
+        await books.stop(StopAsked())
+        for key in ("known", "new"):  # what is known is of no interest any more
+            with pytest.raises(StopAsked):
+                await books.claim(*BERT, key)
+        await books.settle(*ANNE, "on its way", Cost(1, 1, 7), {"outcome": "ok", "done": True, "answer": "four"})
+        await books.release(*ANNE, "on its way", Answered("ok", "four", ""))
+        assert (await books.totals()).done == 2
+
+    with_books(tmp_path / "calls.sqlite", play)
+
+
+def test_ray_leaves_the_handlers_of_signals_as_they_were(monkeypatch):
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    try:
+        ray_engine._connect()
+        assert signal.getsignal(signal.SIGTERM) is former
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def test_limits_of_requests_hold_for_all_workers(tmp_path):
@@ -296,3 +331,60 @@ def test_a_driver_that_is_killed_leaves_what_the_next_one_continues(tmp_path, sh
     sums = totals(book)
     assert sums.done == sent and sums.lost >= before.lost
     assert sent <= sum(billed(bills).values()) <= sums.done + sums.lost
+
+
+# The job on a local Ray
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["gen", "edit"])
+def test_a_job_leaves_the_same_bytes_by_both_engines_and_either_continues_the_other(tmp_path, cluster, task):
+    config = tiny(task, engine="ray", ray__workers=3)  # on two CPUs: as many work as there is room for
+    job.curate(config, tmp_path / "ray")
+    job.curate(tiny(task), tmp_path / "embedded")
+    found = bytes_of(tmp_path / "embedded")
+    assert bytes_of(tmp_path / "ray") == found
+    assert table(tmp_path / "ray" / job.LEDGER) == table(tmp_path / "embedded" / job.LEDGER)
+    before = totals(tmp_path / "ray" / job.LEDGER)
+    job.curate(tiny(task), tmp_path / "ray")
+    job.curate(config, tmp_path / "embedded")
+    for folder in ("ray", "embedded"):
+        assert bytes_of(tmp_path / folder) == found and totals(tmp_path / folder / job.LEDGER) == before
+
+
+@pytest.mark.slow
+@pytest.mark.fault("teacher-budget")
+def test_a_job_out_of_budget_on_ray_leaves_what_there_is_and_goes_on_with_more(tmp_path, cluster):
+    with pytest.raises(BudgetError, match="raise the budget"):
+        job.curate(tiny("gen", engine="ray", ray__workers=2, budget__tokens=MOST_TOKENS), tmp_path / "ray")
+    told = json.loads((tmp_path / "ray" / "report.json").read_text())
+    assert not told["whole"] and 0 < told["cost"]["tokens"] <= MOST_TOKENS
+    job.curate(tiny("gen", engine="ray", ray__workers=2), tmp_path / "ray")
+    job.curate(tiny("gen"), tmp_path / "embedded")
+    assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "embedded")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("curation-stopped")
+def test_a_job_on_ray_that_is_stopped_goes_on_to_the_same_bytes_and_pays_nothing_twice(tmp_path, cluster, monkeypatch):
+    bills = tmp_path / "bills"
+    config = endpoints(tmp_path, monkeypatch, world.wise, engine="ray", ray__workers=2, requests__concurrency=1)
+    monkeypatch.setattr(job, "Teacher", functools.partial(ray_world.for_job, str(bills), 0.3))
+
+    def stop():
+        while not bills.exists() or sum(billed(bills).values()) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    with pytest.raises(Stopped, match="the same command goes on"):
+        job.curate(config, tmp_path / "run")
+    thread.join()
+    sums = totals(tmp_path / "run" / job.LEDGER)
+    assert 3 <= sums.done == sums.attempts == sum(billed(bills).values()) < 12 and sums.lost == 0
+    assert not (tmp_path / "run" / "examples.jsonl").exists()
+    job.curate(config, tmp_path / "run")
+    assert sum(billed(bills).values()) == len(billed(bills)) == 12
+    job.curate(endpoints(tmp_path, monkeypatch, world.wise), tmp_path / "straight")
+    assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "straight")

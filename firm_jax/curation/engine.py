@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from firm_jax.critic.questions import FAILURES, Picture
-from firm_jax.curation.ledger import Answered, Ledger, call_key
+from firm_jax.curation.ledger import Answered, Ledger, Totals, call_key
 from firm_jax.curation.stage import Missing, Outcome, Record, Stage, Unreadable, fill, template
 from firm_jax.curation.teacher import REFUSED, Teacher
 from firm_jax.data.conversations import IMAGE_MARK
@@ -35,6 +35,13 @@ _DECLINES = re.compile(
 )
 
 
+class StopAsked(FirmError):
+    """What `run` raises where it was asked to stop."""
+
+    def __init__(self, message: str = "stopped on request"):
+        super().__init__(message)
+
+
 class Engine:
     """Asks teachers by role, over one ledger, of records whose images lie below `root`.
 
@@ -58,8 +65,8 @@ class Engine:
     async def run(self, records: Iterable[Record]) -> AsyncIterator[Outcome]:
         """The outcome of each record, in order. What is asked of a teacher twice is asked once.
 
-        Raises BudgetError, when what was on its way has been answered and kept; CriticError when a teacher no longer
-        answers; WorkdirError when the ledger cannot be written.
+        Raises BudgetError, or StopAsked after `stop`, when what was on its way has been answered and kept; CriticError
+        when a teacher no longer answers; WorkdirError when the ledger cannot be written.
         """
         gate = asyncio.Semaphore(self.concurrency)
         waiting: collections.deque[asyncio.Task[Outcome]] = collections.deque()
@@ -70,6 +77,8 @@ class Engine:
 
         try:
             for record in records:
+                if isinstance(self._stopped, StopAsked):  # nothing more is of interest, known or not
+                    raise self._stopped
                 waiting.append(asyncio.create_task(one(record)))
                 if len(waiting) >= 4 * self.concurrency:  # so that one slow record does not hold up all others
                     yield await waiting[0]
@@ -86,6 +95,14 @@ class Engine:
             for task in rest:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
+
+    def stop(self) -> None:
+        """From now on nothing is asked; a run under way ends early or raises StopAsked."""
+        self._stopped = self._stopped or StopAsked()
+
+    async def totals(self) -> Totals:
+        """What the ledger has come to."""
+        return self.ledger.totals()
 
     async def outcome(self, record: Record) -> Outcome:
         """The outcome of one record. Raises as `run` does."""

@@ -7,11 +7,12 @@ goes on with the same command and pays for nothing twice. The files of examples 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ from firm_jax import storage
 from firm_jax.critic.endpoints import Policy
 from firm_jax.critic.rubric import FOLDER, rubrics_from
 from firm_jax.curation import miniature, mismatch, outputs
-from firm_jax.curation.engine import Engine
-from firm_jax.curation.ledger import Budget, Ledger
+from firm_jax.curation.engine import StopAsked
+from firm_jax.curation.engines import ENGINES, RAY, engines, ray_engine
+from firm_jax.curation.ledger import Budget, Ledger, Totals
 from firm_jax.curation.oracle_teacher import Eye, OracleTeacher
 from firm_jax.curation.recipes import Recipe, recipe_of
 from firm_jax.curation.records import Source, read_records
 from firm_jax.curation.report import write_report
 from firm_jax.curation.selection import Rules, benchmark_of, look_at, selected
-from firm_jax.curation.stage import Example, Outcome, Record, Stage
+from firm_jax.curation.stage import Example, Outcome, Record
 from firm_jax.curation.teacher import Teacher, TeacherSettings
 from firm_jax.data.conversation_files import parquet_modules
 from firm_jax.embedded import embedded_path
-from firm_jax.errors import BudgetError, ConfigError, DataError, FirmError
+from firm_jax.errors import BudgetError, ConfigError, DataError
 from firm_jax.metrics import MetricWriter
 from firm_jax.run import Stopped
 from firm_jax.signals import StopSignals
@@ -44,6 +46,8 @@ ORACLE = "oracle"
 BACKENDS = ("openai", ORACLE)
 # What decides neither what is asked nor of whom: free to change when a curation goes on.
 MAY_CHANGE = (
+    "engine",
+    "ray",
     "budget",
     "requests",
     "selection",
@@ -86,23 +90,6 @@ def _keep_config(workdir: Path, config) -> None:
         storage.replace(file, json.dumps(plain, indent=2))
 
 
-class _StopAsked(FirmError):
-    """Raised in the place of a call."""
-
-
-class _UntilStopped:
-    """A teacher that is asked nothing more once a stop is asked for. What is on its way is answered and kept."""
-
-    def __init__(self, teacher, signals: StopSignals):
-        self._teacher, self._signals = teacher, signals
-        self.settings, self.parameters, self.close = teacher.settings, teacher.parameters, teacher.close
-
-    async def ask(self, *call):
-        if self._signals.seen:
-            raise _StopAsked("stopped on request")
-        return await self._teacher.ask(*call)
-
-
 @dataclasses.dataclass
 class Collected:
     """What the records came to. shown: of some examples, by id, what only the teacher was shown, by stage."""
@@ -130,8 +117,9 @@ class _Curation:
         self.recipe: Recipe = recipe_of(config.task, config.recipe, rubrics)
         self.asks = list(self.recipe.teachers)
         self._check()
-        self.signals = stack.enter_context(StopSignals(lambda: None))
         self.collected = Collected()
+        self._stop_asking: Callable[[], None] = lambda: None
+        self.signals = stack.enter_context(StopSignals(lambda: self._stop_asking()))
 
     def _check(self) -> None:
         config = self.config
@@ -146,6 +134,12 @@ class _Curation:
             raise ConfigError(f"output.formats is {tuple(formats)}; give one or more of {', '.join(outputs.FORMATS)}")
         if "parquet" in formats:
             parquet_modules()  # before anything is asked, not after
+        if config.engine not in ENGINES:
+            raise ConfigError(f"engine is {config.engine!r}; it is {' or '.join(ENGINES)}")
+        if config.ray.workers < 1:
+            raise ConfigError(f"ray.workers is {config.ray.workers}; give 1 or more")
+        if config.engine == RAY:
+            ray_engine()
         if config.teachers.backend not in BACKENDS:
             raise ConfigError(f"teachers.backend is {config.teachers.backend!r}; it is {' or '.join(BACKENDS)}")
         if config.teachers.backend == ORACLE and config.records.source != miniature.SOURCE:
@@ -173,18 +167,18 @@ class _Curation:
             config.selection.per_score,
             config.seed,
         )
-        source = self._source()
-        with contextlib.closing(Ledger(self.workdir / LEDGER, Budget(**config.budget.to_dict()))) as ledger:
-            metrics = MetricWriter(self.workdir)
-            metrics.rewind(0, -1)  # every start goes through all records again, if mostly in the ledger
-            self._stack.callback(metrics.close)
-            out_of_budget = None
-            try:
-                asyncio.run(self._ask(source, ledger, metrics))
-            except BudgetError as error:
-                out_of_budget = error
-            except _StopAsked:
-                self._stop()
+        source, budget = self._source(), Budget(**config.budget.to_dict())
+        metrics = MetricWriter(self.workdir)
+        self._stack.callback(metrics.close)
+        metrics.rewind(0, -1)  # every start goes through all records again, if mostly in the ledger
+        out_of_budget = None
+        try:
+            asyncio.run(self._ask(source, budget, metrics))
+        except BudgetError as error:
+            out_of_budget = error
+        except StopAsked:
+            self._stop()
+        with contextlib.closing(Ledger(self.workdir / LEDGER, budget)) as ledger:
             self._finish(source, rules, ledger, metrics, out_of_budget)
         if out_of_budget:
             raise out_of_budget
@@ -200,8 +194,8 @@ class _Curation:
             self._list = file
         return read_records(file, config.task, config.records.max_bad_fraction, self.workdir / "records")
 
-    def _teachers(self) -> dict[str, Any]:
-        """The teachers by role; roles with the same settings share one, with its limits."""
+    def _makers(self) -> dict[str, Callable[[], Any]]:
+        """By role what makes its teacher; roles with the same settings share one, with its limits."""
         config, known, found = self.config, {}, {}
         for role in self.asks:
             given = config.teachers[role].to_dict()
@@ -214,41 +208,48 @@ class _Curation:
                 )
             settings = TeacherSettings(**given | {"endpoints": tuple(given["endpoints"])})
             if settings not in known:
-                known[settings] = _UntilStopped(self._teacher(settings), self.signals)
+                known[settings] = self._maker(settings)
             found[role] = known[settings]
         return found
 
-    def _teacher(self, settings: TeacherSettings):
+    def _maker(self, settings: TeacherSettings) -> Callable[[], Any]:
         config = self.config
         if config.teachers.backend == ORACLE:
             eye = Eye(config.shapes.miss, config.shapes.skip, config.seed)
-            return OracleTeacher(settings, miniature.asked_of(self._list, config.task), eye)
-        return Teacher(settings, Policy(**config.requests.to_dict()))
+            return functools.partial(OracleTeacher, settings, miniature.asked_of(self._list, config.task), eye)
+        return functools.partial(Teacher, settings, Policy(**config.requests.to_dict()))
 
-    async def _ask(self, source: Source, ledger: Ledger, metrics: MetricWriter) -> None:
+    async def _ask(self, source: Source, budget: Budget, metrics: MetricWriter) -> None:
         """Every stage of every record, with the mismatched ones after the others."""
-        teachers = self._teachers()
-
-        def engine(stages: tuple[Stage, ...]) -> Engine:
-            return Engine(stages, teachers, ledger, source.folder, concurrency=self.config.requests.concurrency)
-
+        config = self.config
+        running = engines(
+            config.engine, self._makers(), self.workdir / LEDGER, source.folder,
+            budget=budget, concurrency=config.requests.concurrency, workers=config.ray.workers,
+        )  # fmt: skip
         try:
-            records = [*source.records, *await self._mismatched(source.records, engine)]
-            begun, seen = time.monotonic(), 0
-            with _bar(records, "records") as bar:
-                async for outcome in engine(self.recipe.stages).run(self._until_stopped(records)):
-                    self._take(outcome)
-                    seen += 1
-                    bar.update()
-                    if seen % self.config.log_every == 0 or seen == len(records):
-                        self._log(metrics, ledger, seen / (time.monotonic() - begun))
+            async with running as engine_of:
+                records = [*source.records, *await self._mismatched(source.records, engine_of)]
+                engine, begun, seen = self._stoppable(engine_of(self.recipe.stages)), time.monotonic(), 0
+                with _bar(records, "records") as bar:
+                    async with contextlib.aclosing(engine.run(records)) as outcomes:
+                        async for outcome in outcomes:
+                            self._take(outcome)
+                            seen += 1
+                            bar.update()
+                            if seen % config.log_every == 0 or seen == len(records):
+                                self._log(metrics, await engine.totals(), seen / (time.monotonic() - begun))
         finally:
-            for teacher in dict.fromkeys(teachers.values()):
-                await teacher.close()
-        if self.signals.seen:
-            raise _StopAsked("stopped on request")
+            self._stop_asking = lambda: None
 
-    async def _mismatched(self, records: tuple[Record, ...], engine: Callable[..., Engine]) -> list[Record]:
+    def _stoppable(self, engine):
+        """The engine, which a signal stops from now on."""
+        loop = asyncio.get_running_loop()
+        self._stop_asking = lambda: loop.call_soon_threadsafe(engine.stop)  # a handler may have interrupted anything
+        if self.signals.seen:
+            engine.stop()
+        return engine
+
+    async def _mismatched(self, records: tuple[Record, ...], engine_of: Callable[..., Any]) -> list[Record]:
         how = self.config.mismatch
         exchanged = mismatch.exchange_instructions(records, how.share, self.config.seed)
         if how.how == "exchange" or not exchanged:
@@ -258,18 +259,14 @@ class _Curation:
         made = []
         with _bar(chosen, "rewritten") as bar:
             stage = mismatch.rewrite_stage(self.config.task == "edit")
-            async for outcome in engine((stage,)).run(self._until_stopped(chosen)):
-                self.collected.note(outcome)
-                bar.update()
-                if record := mismatch.rewritten(outcome):
-                    made.append(record)
+            engine = self._stoppable(engine_of((stage,)))
+            async with contextlib.aclosing(engine.run(chosen)) as outcomes:
+                async for outcome in outcomes:
+                    self.collected.note(outcome)
+                    bar.update()
+                    if record := mismatch.rewritten(outcome):
+                        made.append(record)
         return made
-
-    def _until_stopped(self, records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
-            if self.signals.seen:
-                return
-            yield record
 
     def _take(self, outcome: Outcome) -> None:
         collected = self.collected
@@ -280,8 +277,8 @@ class _Curation:
             if outputs.may_be_shown(one, self.config.seed):
                 collected.shown[one.id] = {name: outcome.answers[name] for name in self.recipe.privileged}
 
-    def _log(self, metrics: MetricWriter, ledger: Ledger, pace: float) -> None:
-        collected, totals = self.collected, ledger.totals()
+    def _log(self, metrics: MetricWriter, totals: Totals, pace: float) -> None:
+        collected = self.collected
         values = {
             "curation/records": collected.records,
             "curation/examples": len(collected.examples),

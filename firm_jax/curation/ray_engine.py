@@ -26,6 +26,9 @@ The package and the images must be at the same path on all machines, and the tea
 import asyncio
 import collections
 import contextlib
+import logging
+import signal
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +37,8 @@ from typing import Any
 import numpy as np
 
 from firm_jax.critic.questions import UNREACHABLE
-from firm_jax.curation.engine import Engine, check_stages
-from firm_jax.curation.ledger import Answered, Budget, Cost, Ledger
+from firm_jax.curation.engine import Engine, StopAsked, check_stages
+from firm_jax.curation.ledger import Answered, Budget, Cost, Ledger, Totals
 from firm_jax.curation.stage import Outcome, Record, Stage
 from firm_jax.curation.teacher import Pace, Teacher, TeacherSettings
 from firm_jax.errors import ConfigError, DataError, FirmError, WorkdirError
@@ -55,8 +58,9 @@ class RayEngine:
     """As Engine, with workers on a Ray cluster: the one that Ray is connected to, or else this machine.
 
     teachers: by role, what makes the teacher, in each worker; the same maker for two roles makes one. ledger: the file,
-    which nobody else may have open during `run`. workers: actors, of a CPU each. concurrency: records in work at once
-    in each worker. missing, answered: as Engine's. Raises ConfigError as Engine does.
+    which nobody else may have open during `run`. workers: actors, of a CPU each, and no more than the cluster has CPUs.
+    concurrency: records in work at once in each worker. missing, answered: as Engine's. Raises ConfigError as Engine
+    does.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class RayEngine:
         self.workers, self.concurrency = workers, concurrency
         self.missing: collections.Counter[tuple[str, str]] = collections.Counter()
         self.answered: collections.Counter[str] = collections.Counter()
+        self._books: Any = None  # during `run`
+        self._stopped: StopAsked | None = None
 
     async def run(self, records: Iterable[Record]) -> AsyncIterator[Outcome]:
         """The outcome of each record, in order. What is asked of a teacher twice is asked once.
@@ -88,14 +94,16 @@ class RayEngine:
         if not records:
             return
         if not ray.is_initialized():
-            ray.init()
+            _connect()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Whoever waits for another's answer holds one of the actor's turns.
         turns = 4 * self.workers * self.concurrency + 1000
         books = ray.remote(Books).options(num_cpus=0, scheduling_strategy=here, max_concurrency=turns).remote()
-        rows = None
+        rows, self._books = None, books
         try:
             await _told(books.open.remote(str(self.ledger), self.budget))
+            if self._stopped:
+                raise self._stopped
             rows = iter(self._data(records, books).iter_rows())
             while (row := await asyncio.to_thread(next, rows, None)) is not None:
                 outcome = row["outcome"]
@@ -109,9 +117,20 @@ class RayEngine:
                 yield outcome
         finally:
             del rows  # ends the workers
+            self._books = None
             with contextlib.suppress(RayActorError):  # it has ended already
                 await books.close.remote()
             ray.kill(books)
+
+    def stop(self) -> None:
+        """From now on no worker asks anything; a run under way ends early or raises StopAsked."""
+        self._stopped = self._stopped or StopAsked()
+        if self._books is not None:
+            self._books.stop.remote(self._stopped)
+
+    async def totals(self) -> Totals:
+        """What the ledger has come to; during `run`."""
+        return await _told(self._books.totals.remote())
 
     def _data(self, records: list[Record], books) -> "ray.data.Dataset":
         blocks = min(BLOCKS, self.concurrency)
@@ -119,13 +138,17 @@ class RayEngine:
         data = ray.data.from_items([{"record": one} for one in records], override_num_blocks=-(-len(records) // size))
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
+        # Ray would wait without end for more of them than there are CPUs.
+        workers = min(self.workers, max(1, int(ray.cluster_resources().get("CPU", 1))))
+        if workers < self.workers:
+            logging.warning("the cluster has CPUs for %d of %d workers; the others are left out", workers, self.workers)
         return data.map_batches(
             _Worker,
             fn_constructor_args=(self.stages, self.teachers, books, self.root),
             batch_size=None,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(
-                size=self.workers, max_concurrent_calls_per_actor=blocks, max_tasks_in_flight_per_actor=2 * blocks
+                size=workers, max_concurrent_calls_per_actor=blocks, max_tasks_in_flight_per_actor=2 * blocks
             ),
             num_cpus=1,
         )
@@ -170,6 +193,8 @@ class Books:
         """
         while True:
             self._check(worker, life)
+            if isinstance(self._stopped, StopAsked):  # nothing more is of interest, known or not
+                raise self._stopped
             if found := self._ledger.answered(key):
                 return found
             if self._stopped:
@@ -204,8 +229,11 @@ class Books:
         self._paces[settings].correct(number, tokens)
 
     async def stop(self, error: FirmError) -> None:
-        """No call is begun any more that is not known."""
+        """No call is begun any more that is not known; after StopAsked nothing is told either."""
         self._stopped = self._stopped or error
+
+    async def totals(self) -> Totals:
+        return self._ledger.totals()
 
     def _free(self, key: str, reply: Answered | None) -> None:
         self._claims.pop(key)[1].set_result(reply)
@@ -278,7 +306,7 @@ class _Worker:
                     f"the data's folder {root} is not there on {ray.util.get_node_ip_address()}. Put it on storage "
                     "that all machines of the cluster have at the same path."
                 )
-            made = {make: make() for make in makers.values()}
+            made = {make: make() for make in dict.fromkeys(makers.values())}
             for teacher in made.values():
                 if teacher.settings.requests_per_minute or teacher.settings.tokens_per_minute:
                     teacher.pace = _SharedPace(books, teacher.settings)
@@ -302,6 +330,17 @@ class _Worker:
                 self._ended = error
                 self._books.stop.remote(error)
         return self._ended
+
+
+def _connect() -> None:
+    """Connect to the cluster that Ray's environment names, or start one of this machine alone.
+
+    `ray.init` puts a handler of its own in the place of ours, by which SIGTERM would end the run where it is.
+    """
+    former = signal.getsignal(signal.SIGTERM)
+    ray.init()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, former)
 
 
 def _wait(reference) -> Any:
