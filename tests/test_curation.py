@@ -19,7 +19,7 @@ from firm_jax.curation import difference_first, mismatch, plan_then_score
 from firm_jax.curation import engine as engines
 from firm_jax.curation.ledger import Budget, Ledger
 from firm_jax.curation.recipes import recipe_of
-from firm_jax.curation.stage import FOLDER, Record, Stage, Unreadable, fill, template
+from firm_jax.curation.stage import FOLDER, Outcome, Record, Stage, Unreadable, fill, template
 from firm_jax.data.conversations import load_conversations
 from firm_jax.errors import BudgetError, ConfigError, CriticError
 
@@ -37,6 +37,41 @@ def curate(folder, stages, asked, play=wise, *, budget=None, **options):
         return asyncio.run(collect(running, asked)), running, script.asked, ledger.totals()
     finally:
         ledger.close()
+
+
+# A requirement
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe"), [("gen", "plan_then_score"), ("edit", "difference_first"), ("edit", "single_pass")]
+)
+def test_a_requirement_is_asked_of_teachers_and_critic_as_in_training(tmp_path, task, recipe):
+    images = tuple(picture(tmp_path, f"{place}.png", place) for place in range(1 + (task == "edit")))
+    record = Record("r", "a cat", images, requirement="its ears are red")
+    of = recipe_of(task, recipe, RUBRICS)
+    play = (
+        wise
+        if recipe != "single_pass"
+        else lambda number, text, pictures: wise(number, f"DIFFERENCE NOTES {text}", pictures)
+    )
+    [outcome], _, asked, _ = curate(tmp_path, of.stages, [record], play)
+    texts = [request["messages"][0]["content"][-1]["text"] for request in asked]
+    for example, rubric in zip(of.examples(outcome), of.rubrics, strict=True):
+        assert example.question == rubric.fill("a cat", "its ears are red")  # as Critic.judge asks
+        assert sum(text.endswith(example.question) for text in texts) == 1
+        assert "its ears are red" in example.question and example.requirement == "its ears are red"
+    if task == "gen":
+        assert "INSTRUCTION\na cat\nits ears are red\nEND" in texts[0]
+    else:  # who describes the differences knows of no instruction
+        assert sum("its ears are red" in text for text in texts) == 2
+
+
+def test_a_requirement_goes_with_its_instruction_and_stays_beside_a_rewritten_one(tmp_path):
+    asked = [Record(str(n), f"a cat {n}", (), requirement=f"of {n}" if n < 3 else "") for n in range(6)]
+    for one in mismatch.exchange_instructions(asked, 1.0, 0):
+        assert one.prompt != one.made_from and one.requirement == asked[int(one.prompt[-1])].requirement
+    outcome = Outcome(asked[1], {mismatch.REWRITE: "a green dog"})
+    assert (one := mismatch.rewritten(outcome)).requirement == "of 1" and one.prompt == "a green dog"
 
 
 # Stages and templates

@@ -11,6 +11,7 @@ from docs_pages import unexplained
 from scripted_teacher import ScriptedTeacher, chat
 
 from firm_jax.config import load_config
+from firm_jax.critic.rubric import rubrics_from
 from firm_jax.curation import job
 from firm_jax.curation import teacher as teachers
 from firm_jax.curation.job import curate
@@ -317,6 +318,27 @@ def test_instructions_are_exchanged_or_rewritten_and_told_apart(tmp_path, monkey
         told = report(tmp_path / how)
         assert told["records"]["asked"] == 9 and told["examples"]["mismatched"] == 3
         assert {part["stage"] for part in told["cost"]["parts"]} == stages
+
+
+def test_requirements_are_in_the_questions_and_rubrics_without_a_place_for_them_are_refused(tmp_path, monkeypatch):
+    config = endpoints(tmp_path, monkeypatch, wise, prompts=["a cat", "a cat", "a dog"])
+    records = lines(tmp_path / "records.jsonl")
+    records[0]["requirement"], records[2]["requirement"] = "with red ears", "with <image> ears"
+    records[1]["image"] = records[0]["image"]  # another question about the same picture
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    config.output.held_out = 0.0
+    curate(config, tmp_path / "run")
+    found = load_conversations(tmp_path / "run" / "examples.jsonl")
+    rubric = rubrics_from()["alignment"]
+    assert {one.prompt for one in found} == {rubric.fill("a cat", "with red ears"), rubric.fill("a cat")}
+    assert report(tmp_path / "run")["missing"] == {"plan": {"bad_record": 1}, "alignment": {"bad_record": 1}}
+    assert "with red ears" in (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "rubrics").mkdir()
+    (tmp_path / "rubrics" / "alignment.txt").write_text("How well? {prompt}")
+    config.rubrics = str(tmp_path / "rubrics")
+    with pytest.raises(ConfigError, match=r"no field \{requirement\}"):
+        curate(config, tmp_path / "other")
+    assert not (tmp_path / "other" / job.LEDGER).exists()
 
 
 def test_when_no_example_is_left_the_job_says_so(tmp_path, monkeypatch):

@@ -133,10 +133,10 @@ def test_records_of_a_list(tmp_path):
         ],
     )
     found = read_records(file, "gen", 0.9, tmp_path / "unpacked")
-    assert [(one.id, one.prompt, one.images) for one in found.records] == [
-        ("1", "a cat", ("1.png",)), ("x", "a dog", ("2.png",)),
+    assert [(one.id, one.prompt, one.images, one.requirement) for one in found.records] == [
+        ("1", "a cat", ("1.png",), ""), ("x", "a dog", ("2.png",), ""), ("5", "with one", ("1.png",), "no hat"),
     ]  # fmt: skip
-    assert [bad.line for bad in found.quarantined] == [3, 4, 5, 6]
+    assert [bad.line for bad in found.quarantined] == [3, 4, 6]
     assert found.folder == tmp_path
     with pytest.raises(DataError, match="max_bad_fraction"):
         read_records(file, "gen", 0.01, tmp_path / "unpacked")

@@ -40,7 +40,7 @@ def stages(rubrics: dict[str, Rubric]) -> tuple[Stage, ...]:
 def _judge(rubric: Rubric) -> Stage:
     def fields(record: Record, answers) -> dict[str, str]:
         notes = {"obvious": answers[OBVIOUS], "detailed": answers[DETAILED]}
-        return notes | {"rubric": rubric.fill(record.prompt)}
+        return notes | {"rubric": rubric.fill(record.prompt, record.requirement)}
 
     text = template("score_with_differences")
     return Stage(rubric.name, "judge", text, fields, read_score, SCORE_FORM, needs=(OBVIOUS, DETAILED))

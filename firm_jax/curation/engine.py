@@ -230,9 +230,11 @@ def check_stages(stages: Sequence[Stage], teachers: Collection[str]) -> None:
 
 def _check_record(record: Record) -> None:
     """DataError or MalformedRecord for a record that no teacher should be asked about."""
-    check_request_text(record.prompt, "the instruction")
-    check_text(record.prompt)
-    if len(record.prompt) > TEXT_CHARACTERS:
-        raise DataError(f"the instruction has {len(record.prompt)} characters, more than {TEXT_CHARACTERS}")
-    if IMAGE_MARK in record.prompt:
-        raise DataError(f"the instruction holds {IMAGE_MARK}, which stands for a picture in conversations")
+    texts = {"the instruction": record.prompt} | ({"the requirement": record.requirement} if record.requirement else {})
+    for what, text in texts.items():
+        check_request_text(text, what)
+        check_text(text)
+        if len(text) > TEXT_CHARACTERS:
+            raise DataError(f"{what} has {len(text)} characters, more than {TEXT_CHARACTERS}")
+        if IMAGE_MARK in text:
+            raise DataError(f"{what} holds {IMAGE_MARK}, which stands for a picture in conversations")

@@ -192,7 +192,13 @@ class _Curation:
                 self.workdir / "records", config.task, drawn.count, config.seed, drawn.faults.to_dict()
             )
             self._list = file
-        return read_records(file, config.task, config.records.max_bad_fraction, self.workdir / "records")
+        source = read_records(file, config.task, config.records.max_bad_fraction, self.workdir / "records")
+        for record in source.records:
+            if record.requirement:  # one tells whether the rubrics have a place for it
+                for rubric in self.recipe.rubrics:
+                    rubric.fill(record.prompt, record.requirement)
+                break
+        return source
 
     def _makers(self) -> dict[str, Callable[[], Any]]:
         """By role what makes its teacher; roles with the same settings share one, with its limits."""

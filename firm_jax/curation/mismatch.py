@@ -18,18 +18,20 @@ REWRITE_CHARACTERS = 2000
 def exchange_instructions(records: Sequence[Record], share: float, seed: int) -> list[Record]:
     """Copies of a share of the records, each with the instruction of another that is worded differently.
 
-    Drawn by the seed; in the records' order. A record for which there is no other instruction is left out.
+    Drawn by the seed; in the records' order. A record for which there is no other instruction is left out. An
+    instruction takes its requirement along.
     """
     draw = random.Random(seed)
     chosen = sorted(draw.sample(range(len(records)), round(share * len(records))))
     prompts = sorted({record.prompt for record in records})
     places = {prompt: place for place, prompt in enumerate(prompts)}
+    requirements = {record.prompt: record.requirement for record in reversed(records)}
     made = []
     for index in chosen if len(prompts) > 1 else ():
         record = records[index]
         place = draw.randrange(len(prompts) - 1)
         other = prompts[place + (place >= places[record.prompt])]  # any but its own
-        made.append(_mismatched(record, other, "exchanged"))
+        made.append(_mismatched(record, other, requirements[other], "exchanged"))
     return made
 
 
@@ -47,14 +49,19 @@ def rewrite_stage(edits: bool) -> Stage:
 
 
 def rewritten(outcome: Outcome) -> Record | None:
-    """The record with the instruction that REWRITE gave; None where it gave none."""
+    """The record with the instruction that REWRITE gave; None where it gave none.
+
+    Its requirement stays: were it left out, a critic could tell a low score by its absence.
+    """
     if REWRITE not in outcome.answers:
         return None
-    return _mismatched(outcome.record, outcome.answers[REWRITE], "rewritten")
+    return _mismatched(outcome.record, outcome.answers[REWRITE], outcome.record.requirement, "rewritten")
 
 
-def _mismatched(record: Record, prompt: str, how: str) -> Record:
-    return dataclasses.replace(record, id=f"{record.id}/{how}", prompt=prompt, made_from=record.prompt)
+def _mismatched(record: Record, prompt: str, requirement: str, how: str) -> Record:
+    return dataclasses.replace(
+        record, id=f"{record.id}/{how}", prompt=prompt, made_from=record.prompt, requirement=requirement
+    )
 
 
 def _read(text: str, record: Record) -> str:

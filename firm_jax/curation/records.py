@@ -1,8 +1,8 @@
 """The records of a curation, from a list that names pictures and what they were made from.
 
 `.jsonl`, `.json` and `.parquet`: `prompt` (or `caption`, `input_prompt`, `text`), `image`, for edits `source` besides,
-and `id` where there is one. Images are paths below the list's folder; in parquet they may also be the bytes of an image
-file, or Hugging Face's `{bytes, path}`.
+and where there are such `id` and `requirement`, what is to be checked beside the prompt. Images are paths below the
+list's folder; in parquet they may also be the bytes of an image file, or Hugging Face's `{bytes, path}`.
 """
 
 import dataclasses
@@ -64,12 +64,10 @@ def _record(one: Candidate, task: str, before: dict[str, Record]) -> Record:
         raise MalformedRecord("id is neither a text nor a whole number")
     if str(name) in before:
         raise MalformedRecord(f"the id {str(name)[:80]!r} comes again")
-    if one.asked.requirement:
-        raise MalformedRecord("it has a requirement, which the teachers' prompts have no place for")
     images = tuple(picture.path for picture in one.pictures)
     if len(images) != (count := {"gen": 1, "edit": 2}[task]):
         raise MalformedRecord(f"{len(images)} images; the task {task} shows {count}")
-    return Record(str(name), one.asked.text, images)
+    return Record(str(name), one.asked.text, images, requirement=one.asked.requirement)
 
 
 def _read_parquet(source: Path, task: str, unpacked: Path) -> list[Candidate | QuarantinedRecord]:

@@ -139,6 +139,7 @@ def _samples(
             "criterion": one.criterion,
             "score": one.score,
             "prompt": one.prompt,
+            "requirement": one.requirement,
             "mismatched": one.mismatched,
             "answer": _cut(one.answer),
             "privileged": {name: _cut(text) for name, text in shown[one.id].items()},

@@ -141,8 +141,8 @@ def _without(
     return kept
 
 
-def _question(one: Example) -> tuple[str, str]:
-    return one.criterion, one.prompt
+def _question(one: Example) -> tuple[str, str, str]:
+    return one.criterion, one.prompt, one.requirement
 
 
 def _hashes(one: Example, looks: Mapping[str, Look]) -> list[str]:

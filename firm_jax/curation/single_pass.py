@@ -22,7 +22,7 @@ def _judge(rubric: Rubric) -> Stage:
         rubric.name,
         "judge",
         _TEMPLATE,
-        lambda record, answers: {"rubric": rubric.fill(record.prompt)},
+        lambda record, answers: {"rubric": rubric.fill(record.prompt, record.requirement)},
         of.read_score,
         of.SCORE_FORM,
     )

@@ -20,13 +20,20 @@ class Record:
     """An instruction and pictures: one made from it, or a source and the picture it was edited to.
 
     id: unlike all others'. images: paths below the data's folder. made_from: where the instruction was exchanged for
-    one that the pictures do not follow, the one that they were made from; "" otherwise.
+    one that the pictures do not follow, the one that they were made from; "" otherwise. requirement: what the critic is
+    asked to check beside the instruction; "" where there is none.
     """
 
     id: str
     prompt: str
     images: tuple[str, ...]
     made_from: str = ""
+    requirement: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The instruction and, on lines of its own, the requirement, as the package's rubrics show them."""
+        return f"{self.prompt}\n{self.requirement}" if self.requirement else self.prompt
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,9 @@ class Verdict:
 class Example:
     """What a critic is trained on: asked without what the teacher was shown besides, answering as the teacher did.
 
-    question: the critic's rubric, filled in. answer: in the rubric's form, as `critic.parse` reads it. score,
-    reason: in it. mismatched: whether the instruction is another than the pictures were made from.
+    question: the critic's rubric, filled in with prompt and requirement. answer: in the rubric's form, as
+    `critic.parse` reads it. score, reason: in it. mismatched: whether the instruction is another than the pictures were
+    made from.
     """
 
     id: str
@@ -94,6 +102,7 @@ class Example:
     reason: str
     score: int
     mismatched: bool = False
+    requirement: str = ""
 
     def to_json(self) -> dict:
         """The record that `data.conversations` reads."""
@@ -116,11 +125,12 @@ def example(outcome: Outcome, stage: str, rubric: Rubric) -> Example | None:
         rubric.name,
         record.prompt,
         record.images,
-        rubric.fill(record.prompt),
+        rubric.fill(record.prompt, record.requirement),
         verdict.text,
         verdict.reason,
         verdict.score,
         bool(record.made_from),
+        record.requirement,
     )
 
 
@@ -148,5 +158,5 @@ _PRIVILEGED = re.compile(
 def check_unprivileged(text: str, record: Record) -> None:
     """Raises Unreadable for an answer that speaks of what only the teacher was shown, unless the instruction does."""
     for found in _PRIVILEGED.finditer(text):
-        if found[0].lower() not in record.prompt.lower():
+        if found[0].lower() not in record.asked.lower():
             raise Unreadable(f"it mentions {found[0]!r}; it must speak of the instruction and the pictures only")
