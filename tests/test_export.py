@@ -169,7 +169,14 @@ def test_what_cannot_be_exported_says_why(world, tmp_path, capsys):
         (started / "config.json").write_text(json.dumps(config))
         assert told in refused(capsys, started, out)
     assert "no trained critic yet" in refused(capsys, started, out, "transformers")
-    assert "one model, its last" in refused(capsys, started, out, "transformers", "--adapter", "old")
+    assert "no trained critic yet" in refused(capsys, started, out, "peft")
+    for format in ("transformers", "peft"):
+        assert "one model, its last" in refused(capsys, started, out, format, "--adapter", "old")
+    (started / "model").mkdir()
+    (started / "model" / "config.json").write_text("{}")
+    assert "with lora.rank 0 it trains the weights themselves" in refused(capsys, started, out, "peft")
+    told = refused(capsys, started, out, "comfyui-lora")
+    assert "for runs of 'rl'" in told and told.strip().endswith("are peft, transformers")
 
 
 def test_layers_that_comfyui_does_not_know_are_refused(world, tmp_path):

@@ -1,5 +1,9 @@
 """A critic's LoRA against PEFT: the loss and its gradients in training, the texts of both folders that a run leaves."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -10,9 +14,11 @@ from critic_miniature import REQUESTS  # noqa: E402
 from flax import nnx  # noqa: E402
 from test_torch_critic import NEW_TOKENS, reference, torch_texts  # noqa: E402, F401
 from test_torch_sft import EXAMPLES, inputs  # noqa: E402
+from tiny_run import card_example  # noqa: E402
 from transformers import Qwen3VLForConditionalGeneration  # noqa: E402
 
 from firm_jax import models  # noqa: E402
+from firm_jax.commands import main  # noqa: E402
 from firm_jax.critic import sft, sft_data, tuning  # noqa: E402
 from firm_jax.critic.processing import Processor, collate, image_table  # noqa: E402
 from firm_jax.critic.score import Critic, served_rubrics  # noqa: E402
@@ -58,6 +64,36 @@ def test_pytorch_writes_the_same_texts_with_both_folders(trained):
         assert torch_texts(adapted.eval(), folder / "model", REQUESTS) == texts != before
         merged = Qwen3VLForConditionalGeneration.from_pretrained(folder / "model", attn_implementation="eager").eval()
         assert torch_texts(merged, folder / "model", REQUESTS) == texts
+
+
+def test_both_exports_of_a_run_give_the_same_logits(trained, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0] / "model", run / "model")
+    shutil.copytree(trained[0], run / "adapter", ignore=lambda *_: ["model"])
+    base = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    config = {"job": "critic_sft", "critic": {"model": base}, "train": {"epochs": 2, "learning_rate": 1e-3}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 40, "epoch": 2, "eval/loss": 0.125}) + "\n")
+    names = {}
+    for format in ("peft", "transformers"):
+        assert main(["export", "--workdir", str(run), "--format", format, "--out", str(tmp_path / format)]) == 0
+        monkeypatch.chdir(tmp_path / format)
+        names[format] = {}
+        exec(card_example(Path("README.md").read_text()), names[format])
+    adapted, merged = (names[format]["model"].eval() for format in ("peft", "transformers"))
+    assert isinstance(adapted, peft.PeftModel)
+    example = EXAMPLES[0]
+    sequence = Processor(tmp_path / "transformers").sequence(example.images, example.prompt, example.answer)
+    with torch.no_grad():
+        with_lora, whole = (model(**inputs([sequence]), use_cache=False).logits for model in (adapted, merged))
+        with adapted.disable_adapter():
+            without = adapted(**inputs([sequence]), use_cache=False).logits
+    torch.testing.assert_close(with_lora, whole, atol=2e-4, rtol=2e-4)
+    assert (with_lora - without).abs().max() > 0.1
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "library_name: peft" in card and "LoRA alone" in card and "| `eval/loss` | 0.125 (2) | 0.125 (2) |" in card
+    rubrics = [sorted(file.name for file in (tmp_path / format / "rubrics").iterdir()) for format in names]
+    assert rubrics[0] == rubrics[1] != []
 
 
 def test_loss_and_gradients_of_the_lora(trained):

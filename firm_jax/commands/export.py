@@ -2,7 +2,7 @@
 
 formats:
   diffusers-lora  a LoRA for `pipe.load_lora_weights(DIR)`
-  peft            a LoRA for `PeftModel.from_pretrained(transformer, DIR)`
+  peft            a LoRA for `PeftModel.from_pretrained(MODEL, DIR)`, of a pipeline's transformer or of a critic
   comfyui-lora    a LoRA for ComfyUI's folder models/loras
   diffusers       the whole pipeline, the LoRA merged into its transformer
   transformers    the critic that a critic_sft run has trained
@@ -20,7 +20,7 @@ from firm_jax.embedded import PREFIX
 from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
 from firm_jax.generation.generator import read_model_index
 from firm_jax.interop import lora_formats
-from firm_jax.interop.card_examples import critic_example, pipeline_example
+from firm_jax.interop.card_examples import critic_example, critic_lora_example, pipeline_example
 from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import PATTERNS, find_local, identity, resolve
 from firm_jax.interop.lora_formats import Adapter, adapter_of
@@ -28,13 +28,14 @@ from firm_jax.interop.model_card import is_hub_id, model_card
 from firm_jax.interop.pipeline_folder import INDEX_FILE, present_parts
 from firm_jax.models.lora import LoraConfig
 
-# Each format, and the job whose runs it is for.
+RL, SFT = "rl", "critic_sft"
+# Each format, and the jobs whose runs it is for.
 FORMATS = {
-    "diffusers-lora": "rl",
-    "peft": "rl",
-    "comfyui-lora": "rl",
-    "diffusers": "rl",
-    "transformers": "critic_sft",
+    "diffusers-lora": (RL,),
+    "peft": (RL, SFT),
+    "comfyui-lora": (RL,),
+    "diffusers": (RL,),
+    "transformers": (SFT,),
 }
 # Adapters by the names that they have in a checkpoint.
 ADAPTERS = {"ema": "ema", "current": "lora", "old": "old"}
@@ -66,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        if arguments.format == "transformers":
-            told = _critic(workdir, config, staging)
+        if config["job"] == SFT:
+            told = _critic(workdir, config, arguments.format, staging)
         else:
             told = _generator(workdir, arguments, staging)
         if out.exists():
@@ -93,18 +94,18 @@ def _config(workdir: Path) -> dict:
 def _check_format(arguments: argparse.Namespace, job: str, workdir: Path) -> None:
     """ConfigError for a format that the run's job does not have."""
     format = arguments.format
-    if job not in FORMATS.values():
+    if job not in (RL, SFT):
         raise ConfigError(
             f"{workdir} is a run of the job {job!r}, which leaves its model in {workdir / 'model'} as a Hugging Face "
             "folder when it ends; there is nothing to export"
         )
-    if FORMATS[format] != job:
-        fit = [name for name, of in FORMATS.items() if of == job]
+    if job not in FORMATS[format]:
+        fit = [name for name, jobs in FORMATS.items() if job in jobs]
         raise ConfigError(
-            f"{workdir} is a run of the job {job!r}, and --format {format} is for runs of {FORMATS[format]!r}; the "
+            f"{workdir} is a run of the job {job!r}, and --format {format} is for runs of {FORMATS[format][0]!r}; the "
             f"formats for what it has trained are {', '.join(fit)}"
         )
-    if format == "transformers" and (arguments.adapter or arguments.step is not None):
+    if job == SFT and (arguments.adapter or arguments.step is not None):
         raise ConfigError(
             "--adapter and --step choose among the LoRAs of an RL run; a critic's run has one model, its last"
         )
@@ -204,35 +205,50 @@ def _generator_card(workdir: Path, format: str, checkpoint: Checkpoint, index: d
 # Critics
 
 
-def _critic(workdir: Path, config: dict, folder: Path) -> str:
-    """Write the critic of an SFT run into `folder`; returns what it is in words."""
-    model = workdir / "model"
+def _critic(workdir: Path, config: dict, format: str, folder: Path) -> str:
+    """Write the critic of an SFT run, or its LoRA, into `folder`; returns what it is in words."""
+    model, lora = workdir / "model", workdir / "adapter"
     if not (model / "config.json").is_file():
         raise WorkdirError(
             f"{workdir} has no trained critic yet: the folder model is written when the run ends, after "
             f"{config['train']['epochs']} epochs. Start the same command again to continue it."
         )
-    models.read_network(model)
-    shutil.copytree(model, folder, dirs_exist_ok=True)
+    base, merged = config["critic"]["model"], format == "transformers"
     rubrics = sorted(file.stem for file in (model / "rubrics").glob("*.txt"))
-    metrics, base = _metrics(workdir), config["critic"]["model"]
+    if merged:
+        models.read_network(model)
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+        told, example = "the critic", critic_example(rubrics[0])
+    else:
+        if not (lora / lora_formats.PEFT_CONFIG).is_file():
+            raise ConfigError(
+                f"the run in {workdir} has left no LoRA in {lora}: with lora.rank 0 it trains the weights themselves. "
+                "Export the whole critic with --format transformers."
+            )
+        adapter = lora_formats.read_adapter(lora)
+        for part, source in ((".", lora), ("rubrics", model / "rubrics")):
+            shutil.copytree(source, folder / part, dirs_exist_ok=True)
+        told = f"the critic's LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, {len(adapter.pairs)} layers,"
+        example = critic_lora_example(read_json(lora / lora_formats.PEFT_CONFIG)["base_model_name_or_path"])
+    metrics = _metrics(workdir)
     step = max((line["step"] for line in metrics), default=0)
     card = model_card(
         title=_title(base, "A vision-language model", "trained to judge images"),
         base_model=base,
-        relation="finetune",
-        library="transformers",
+        relation="finetune" if merged else "adapter",
+        library="transformers" if merged else "peft",
         pipeline_tag="image-text-to-text",
-        tags=["image-text-to-text", "firm", "critic"],
+        tags=["image-text-to-text", "firm", "critic", *([] if merged else ["lora"])],
         what=f"A critic of images (arXiv 2603.12247), trained for {step} steps to answer the texts in `rubrics/`: "
-        f"{', '.join(rubrics)}. Serve it with these.",
-        example=critic_example(rubrics[0]),
+        f"{', '.join(rubrics)}. Serve it with these."
+        + ("" if merged else f" This is the LoRA alone, of `{base or 'the folder that the run started from'}`."),
+        example=example,
         config=config,
         metrics=metrics,
         step=step,
     )
     (folder / "README.md").write_text(card)
-    return f"the critic after {step} steps"
+    return f"{told} after {step} steps"
 
 
 def _title(base: str | None, otherwise: str, ending: str) -> str:

@@ -67,6 +67,17 @@ def critic_example(criterion: str) -> str:
     )
 
 
+def critic_lora_example(base: str) -> str:
+    """How PEFT puts a critic's LoRA onto the model that it was trained on: a folder, Hub id or `embedded:` name."""
+    imports = ["from peft import PeftModel", "from transformers import Qwen3VLForConditionalGeneration"]
+    base, of = _name(base), f'"{_name(base)}"'
+    if base.startswith(PREFIX):
+        imports += ["", "from firm_jax.interop.hub import resolve"]
+        of = f'resolve("{base}")'
+    load = [f"model = Qwen3VLForConditionalGeneration.from_pretrained({of})"]
+    return _example(imports, load, ['model = PeftModel.from_pretrained(model, ".")'])
+
+
 def _opened(name: str, kind: str, *given: str) -> str:
     return f"{name} = {kind}.from_pretrained({', '.join(given)})"
 
