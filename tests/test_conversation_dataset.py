@@ -1,6 +1,8 @@
 """Conversations in a prepared dataset: ArrayRecord read at random without TensorFlow."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,94 @@ def test_a_dataset_with_declared_columns(dataset_folder):
         shown = [np.asarray(image) for image in conversation.images]
         assert all((a == np.asarray(picture(b))).all() for a, b in zip(shown, (number, 0), strict=True))
         assert found.encoded(index).images[0] == (dataset_folder / f"{number}.png").read_bytes()
+
+
+# Without the dataset's metadata
+
+COLUMNS = {"messages": "talk", "images": "shown", "criterion": "axis"}
+
+
+def bare(dataset_folder) -> str:
+    [file] = dataset_folder.glob("**/*.array_record*")
+    return str(file)
+
+
+def test_the_files_of_a_dataset_say_the_same_without_its_metadata(dataset_folder, tmp_path):
+    name = f"tfds:firm_jax_talks?messages=talk&images=shown&criterion=axis&data_dir={dataset_folder}"
+    expected = load_conversations(name, max_bad_fraction=0.2)
+    file = bare(dataset_folder)
+    for source in (file, file.replace("firm_jax", "*")):
+        found = load_conversations(source, columns=COLUMNS, max_bad_fraction=0.2)
+        assert [found.encoded(n) for n in range(4)] == [expected.encoded(n) for n in range(4)]
+        assert [(bad.file, bad.line) for bad in found.quarantined] == [(file, expected.quarantined[0].line)]
+    shutil.copy(file, tmp_path / "0.array_record")
+    shutil.copy(file, tmp_path / "1.array_record")
+    both = load_conversations(f"{tmp_path}/*.array_record", columns=COLUMNS, max_bad_fraction=0.2)
+    assert [both.encoded(n) for n in (6, 1, 4)] == [expected.encoded(n) for n in (2, 1, 0)]
+    shutil.copy(file, tmp_path / "new")
+    os.replace(tmp_path / "new", tmp_path / "1.array_record")
+    with pytest.raises(DataError, match=r"1\.array_record has changed"):
+        both[7]
+
+
+def write_records(file, records: list[bytes]) -> str:
+    module = pytest.importorskip("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter(str(file), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(file)
+
+
+def example(**features) -> bytes:
+    """A serialized tf.train.Example, made by the class that TensorFlow Datasets has of it."""
+    proto = pytest.importorskip("tensorflow_datasets.proto.tf_example_generated_pb2").Example()
+    for name, values in features.items():
+        of = proto.features.feature[name.replace("__", "/")]
+        (of.bytes_list if isinstance(values[0], bytes) else of.int64_list).value.extend(values)
+    return proto.SerializeToString()
+
+
+def test_records_that_cannot_be_read_are_set_aside_with_the_reason(tmp_path):
+    picture(1).save(tmp_path / "1.png")
+    image = [(tmp_path / "1.png").read_bytes()]
+    said = {"messages__role": [b"user", b"assistant"], "messages__content": [b"<image>how?", "5 é".encode()]}
+    records = [
+        example(**said, images=image, id=[-7], criterion=[b"quality"]),
+        b'{"messages": []}',
+        b"",
+        example(images=image),
+        example(**said | {"messages__role": [b"user"]}, images=image),
+        example(**said | {"messages__content": [b"<image>\xff", b"5"]}, images=image),
+        example(**said, images=[b"no image"]),
+    ]
+    file = write_records(tmp_path / "x.arrayrecord", records)
+    found = load_conversations(file, max_bad_fraction=0.9)
+    assert [(one.prompt, one.answer, one.id, one.criterion) for one in found] == [("how?", "5 é", "-7", "quality")]
+    assert (np.asarray(found[0].images[0]) == np.asarray(picture(1))).all()
+    reasons = {bad.line: bad.reason for bad in found.quarantined}
+    for line, told in (
+        (2, "no serialized tf.train.Example"),
+        (3, "no serialized tf.train.Example"),
+        (4, "no messages or conversations (there are: images)"),
+        (5, "messages/{role, content} have not as many values"),
+        (6, "'messages/content' is not UTF-8"),
+        (7, "image"),
+    ):
+        assert told in reasons[line]
+
+
+def test_a_file_that_is_no_array_record_and_a_folder_of_them_are_told(dataset_folder, tmp_path):
+    for content in (b"", b"not at all", b"x" * 100_000):
+        (tmp_path / "x.array_record").write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.array_record"):
+            load_conversations(tmp_path / "x.array_record")
+    whole = Path(bare(dataset_folder)).read_bytes()
+    (tmp_path / "x.array_record").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"x\.array_record"):
+        load_conversations(tmp_path / "x.array_record", columns=COLUMNS, max_bad_fraction=0.9)
+    with pytest.raises(DataError, match=r"tfds:NAME\?data_dir=FOLDER.*a pattern"):
+        load_conversations(tmp_path)
 
 
 def test_nothing_of_tensorflow_is_imported(dataset_folder):

@@ -1,5 +1,5 @@
-"""Where conversations lie: JSON lists, JSON lines, parquet and prepared datasets, each read once in order and then row
-by row, at random, without holding it."""
+"""Where conversations lie: JSON lists, JSON lines, parquet, ArrayRecord and prepared datasets, each read once in order
+and then row by row, at random, without holding it."""
 
 import contextlib
 import functools
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from firm_jax.data import tfds
+from firm_jax.data.array_records import columns_of, features_of, is_array_record, open_array_records
 from firm_jax.data.records import (
     MalformedRecord,
     check_storable,
@@ -66,15 +67,20 @@ def open_rows(source: str, names: Mapping[str, tuple[str, ...]], declared: Mappi
             raise ConfigError(f"{source}: a tfds: name says itself which column is what, as in ?messages=COLUMN")
         return _DatasetRows(source, names)
     if any(character in source for character in "*?[") and not os.path.exists(source):
-        return _ParquetRows(_sorted(glob.glob(source), source), os.path.dirname(source) or ".", names, declared)
+        paths, folder = glob.glob(source), os.path.dirname(source) or "."
+        if paths and all(is_array_record(path) and os.path.isfile(path) for path in paths):
+            return _ArrayRecordRows(sorted(paths), folder, names)
+        return _ParquetRows(_sorted(paths, source), folder, names, declared)
     if os.path.isdir(source):
         return _folder_rows(source, names, declared)
+    folder = os.path.dirname(source) or "."
+    if os.path.isfile(source) and is_array_record(source):
+        return _ArrayRecordRows([source], folder, names)
     if not os.path.isfile(source) or not source.endswith((".json", ".jsonl", ".parquet")):
         raise DataError(
-            f"{source or repr(source)} is not an existing .json, .jsonl or .parquet file. Give one, a folder with "
-            f"{', '.join(TRAIN_FILES)} or parquet files, or tfds:NAME."
+            f"{source or repr(source)} is not an existing .json, .jsonl, .parquet or .array_record file. Give one, a "
+            f"folder with {', '.join(TRAIN_FILES)} or parquet files, or tfds:NAME."
         )
-    folder = os.path.dirname(source) or "."
     if source.endswith(".parquet"):
         return _ParquetRows([source], folder, names, declared)
     return (_JsonLines if source.endswith(".jsonl") else _JsonList)(source, folder, names)
@@ -88,6 +94,12 @@ def _folder_rows(folder: str, names, declared) -> Rows:
         raise DataError(f"{folder} holds {both}, and each could be meant. Name the file instead of the folder.")
     if found:
         return open_rows(os.path.join(folder, found[0]), names, declared)
+    if not shards and (records := sorted(filter(is_array_record, os.listdir(folder)))):
+        raise DataError(
+            f"folder {folder} holds ArrayRecord files, {records[0]} among them. If TensorFlow Datasets has written it "
+            "(features.json lies beside them), give tfds:NAME?data_dir=FOLDER, the folder above NAME; if not, a "
+            f"pattern: '{folder}/*.array_record*'."
+        )
     if not shards:
         raise DataError(
             f"folder {folder} holds no conversations: looked for {', '.join(TRAIN_FILES)} and parquet files, here and "
@@ -104,7 +116,9 @@ def _folder_rows(folder: str, names, declared) -> Rows:
 def _sorted(paths: list[str], source: str) -> list[str]:
     """Parquet files in the order of their names, whatever the order in which the disk lists them."""
     if not paths or not all(path.endswith(".parquet") and os.path.isfile(path) for path in paths):
-        raise DataError(f"{source} stands for {len(paths)} files, which must be one or more, and all .parquet")
+        raise DataError(
+            f"{source} stands for {len(paths)} files, which must be one or more, and all .parquet or all .array_record"
+        )
     return sorted(paths)
 
 
@@ -279,6 +293,49 @@ class _ParquetRows:
             return item.to_pylist()[0]
         except UnicodeDecodeError as error:
             raise MalformedRecord("not UTF-8") from error
+
+    def file_of(self, key: int) -> str:
+        return self.shards[int(np.searchsorted(self._starts, key, side="right")) - 1]
+
+
+class _ArrayRecordRows:
+    """ArrayRecord files of `tf.train.Example`s as one table. Key: the number of the record in all of them."""
+
+    def __init__(self, shards: list[str], folder: str, names: Mapping[str, tuple[str, ...]]):
+        self.shards, self.folder, self.names = shards, folder, names
+        self._lock = threading.Lock()
+        self._was = {shard: _signature(shard) for shard in shards}
+        self._sources = []
+        for shard in shards:
+            with self._reading(shard):
+                self._sources.append(open_array_records([shard]))
+        self._starts = np.cumsum([0, *map(len, self._sources)])
+
+    @contextlib.contextmanager
+    def _reading(self, shard: str) -> Iterator[None]:
+        try:
+            with _reading(shard):
+                yield
+        except (ValueError, RuntimeError, IndexError) as error:
+            problem = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(f"{shard} is damaged or no ArrayRecord file ({problem}). Get it again.") from error
+
+    def files(self) -> Iterator[tuple[str, Items]]:
+        for number, shard in enumerate(self.shards):
+            begin = int(self._starts[number])
+            keys = range(begin, int(self._starts[number + 1]))
+            yield shard, ((key - begin + 1, (key, self.item(key))) for key in keys)
+
+    def item(self, key: int) -> bytes:
+        number = int(np.searchsorted(self._starts, key, side="right")) - 1
+        shard = self.shards[number]
+        with self._lock, self._reading(shard):
+            if _signature(shard) != self._was[shard]:
+                raise _changed(shard)
+            return self._sources[number][key - int(self._starts[number])]
+
+    def fields(self, item: bytes) -> dict[str, Any]:
+        return columns_of(features_of(item), self.names["images"])
 
     def file_of(self, key: int) -> str:
         return self.shards[int(np.searchsorted(self._starts, key, side="right")) - 1]

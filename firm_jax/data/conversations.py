@@ -1,7 +1,8 @@
 """What a critic is trained on: pictures, a question and the right answer; one reader for every format they come in.
 
 Formats: `.jsonl` and `.json` as LLaMA-Factory and ms-swift read them (ShareGPT-style: `messages` of one user and one
-assistant turn, and `images`), `.parquet` and folders of it, as on Hugging Face, and
+assistant turn, and `images`), `.parquet` and folders of it, as on Hugging Face, `.array_record` with records
+`tf.train.Example`, and
 `tfds:NAME?split=SPLIT&messages=COLUMN&images=COLUMN&criterion=COLUMN&id=COLUMN&data_dir=FOLDER`. An image is a path
 below the dataset's folder, the bytes of an image file, or Hugging Face's `{bytes, path}`. The user's text begins with
 one `<image>` for each image; every other text, such as `<|im_end|>`, is text and never becomes a special token.
@@ -110,9 +111,9 @@ def load_conversations(
     Several conversations are looked at at a time, and none is held. Order follows the source alone.
 
     Args:
-      source: a `.json`, `.jsonl` or `.parquet` file; a folder that holds `train.json`, `train.jsonl` or parquet files
-        (itself or in `data`), which are read in the order of their names; a pattern such as `data/train-*.parquet`; or
-        a `tfds:` name.
+      source: a `.json`, `.jsonl`, `.parquet` or `.array_record` file; a folder that holds `train.json`, `train.jsonl`
+        or parquet files (itself or in `data`), which are read in the order of their names; a pattern such as
+        `data/train-*.parquet`; or a `tfds:` name.
       image_folder: what the paths of images are relative to; by default the folder of the source.
       columns: which column is what, for those that are not named as usual: keys of COLUMNS to names. A `tfds:` name
         says it itself.
