@@ -142,7 +142,7 @@ def test_records_that_cannot_be_read_are_set_aside_with_the_reason(tmp_path):
         (2, "no serialized tf.train.Example"),
         (3, "no serialized tf.train.Example"),
         (4, "no messages or conversations (there are: images)"),
-        (5, "messages/{role, content} have not as many values"),
+        (5, "messages/{content, role} have not as many values"),
         (6, "'messages/content' is not UTF-8"),
         (7, "image"),
     ):
