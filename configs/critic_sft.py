@@ -77,8 +77,8 @@ def tiny_gen() -> ConfigDict:
     config = tiny_edit()
     config.critic.rubrics = "embedded:critic_gen/rubrics"
     config.data.source = "shapes"
-    config.eval.update({"bench": "embedded:bench_gen", "bench_task": "gen"})
-    config.train.lengths = (160, 224, 272)
+    config.eval.update({"bench": "embedded:bench_gen", "bench_task": "gen", "max_new_tokens": 320})
+    config.train.lengths = (160, 224, 272, 320, 400)  # the last two for what configs/curate.py:tiny_gen makes
     return config
 
 
