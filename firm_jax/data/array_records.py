@@ -75,7 +75,9 @@ def columns_of(features: Mapping[str, list], images: Sequence[str]) -> dict[str,
             columns[name] = values[0] if len(values) == 1 else values
     for parent, keys in rows.items():
         if len({len(values) for values in keys.values()}) > 1:
-            raise MalformedRecord(f"the features {parent[:80]}/{{{', '.join(sorted(keys))}}} have not as many values each")
+            raise MalformedRecord(
+                f"the features {parent[:80]}/{{{', '.join(sorted(keys))}}} have not as many values each"
+            )
         columns[parent] = [dict(zip(keys, values, strict=True)) for values in zip(*keys.values(), strict=True)]
     return columns
 
