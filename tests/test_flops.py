@@ -5,9 +5,13 @@ XLA also counts norms, activations and embeddings, which the wide layers here ke
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+from firm_jax.critic.sft import sft_sums
+from firm_jax.critic.sft_flops import step_flops
+from firm_jax.critic.tuning import PARTS, Tuning
 from firm_jax.models import abstract
 from firm_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from firm_jax.models.lora import LoraConfig, init_lora
@@ -170,11 +174,11 @@ def test_qwen_image_vae(method):
     assert getattr(config, f"{method}_flops")(h, w) == pytest.approx(counted, rel=0.08)
 
 
-def qwen3_vl() -> Qwen3VLConfig:
+def qwen3_vl(width: int = 256) -> Qwen3VLConfig:
     raw = QWEN3_VL["8B"]
     text = raw["text_config"] | {
-        "hidden_size": 256,
-        "intermediate_size": 512,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -182,11 +186,11 @@ def qwen3_vl() -> Qwen3VLConfig:
     }
     vision = raw["vision_config"] | {
         "depth": 1,
-        "hidden_size": 256,
-        "intermediate_size": 512,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_heads": 4,
         "num_position_embeddings": 64,
-        "out_hidden_size": 256,
+        "out_hidden_size": width,
         "deepstack_visual_indexes": [0],
     }
     return Qwen3VLConfig.from_hf({**raw, "text_config": text, "vision_config": vision})
@@ -252,3 +256,40 @@ def test_qwen3_vl_text(tokens):
     index = shapes(dtype=jnp.int32)
     counted = xla_flops(read, params, *arguments, shapes(1, slots, dtype=jnp.int32), index)
     assert config.text.forward_flops(tokens, slots, 1) == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("parts", "rank"),
+    [(tuple(PARTS), 0), (("language",), 0), (("projector",), 0), (tuple(PARTS), 2), (("language",), 2)],
+    ids=["full", "language", "projector", "lora", "language_lora"],
+)
+def test_a_step_of_a_critic_s_training(parts, rank):
+    config, tokens = qwen3_vl(768), 256
+    graphdef, params = nnx.split(abstract(Qwen3VL, config))
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", "attn.qkv", "attn.proj")
+    tuning = Tuning(parts, LoraConfig(rank, targets=targets) if rank else None).for_network(params)
+    trained, frozen = tuning.split(params)
+    if rank:
+        trained = jax.eval_shape(lambda: init_lora(jax.random.key(0), params, tuning.lora))
+    row = shapes(1, tokens, dtype=jnp.int32)
+    batch = dict.fromkeys(("ids", "segments", "image_index", "targets"), row)
+    batch |= {"positions": shapes(3, 1, tokens, dtype=jnp.int32), "grids": shapes(1, 2, dtype=jnp.int32)}
+    batch["patches"] = shapes(1, 256, config.vision.patch_features)
+
+    def loss(trained, frozen, batch):
+        whole, lora = tuning.join(trained, frozen)
+        return sft_sums(graphdef, whole, batch, lora=lora)["loss"]
+
+    counted = xla_flops(jax.grad(loss), trained, frozen, batch)
+    step = {"segments": np.ones((1, 1, tokens), int), "grids": np.array([[[16, 16]]])}
+    assert step_flops(config, tuning, step) == pytest.approx(counted, rel=0.04)
+
+
+def test_padding_is_worth_nothing_and_packed_examples_attend_to_themselves():
+    config, tuning = qwen3_vl(), Tuning(tuple(PARTS))
+    segments = np.array([[[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]], [[0] * 6, [1] * 6]])
+    grids = np.array([[[2, 4], [0, 0]], [[4, 4], [0, 0]]])
+    expected = sum(3 * config.text.forward_flops(n, n, n) for n in (3, 2, 2, 6))
+    assert step_flops(config, tuning, {"segments": segments}) == expected
+    expected += sum(3 * config.vision.forward_flops(n) for n in (8, 16))
+    assert step_flops(config, tuning, {"segments": segments, "grids": grids}) == expected

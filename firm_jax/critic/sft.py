@@ -31,6 +31,7 @@ from firm_jax.critic.sft_data import (
     training_batches,
 )
 from firm_jax.critic.sft_eval import Evaluator
+from firm_jax.critic.sft_flops import step_flops
 from firm_jax.critic.tuning import Tuning, cast, cast_like, learning_rates, make_optimizer
 from firm_jax.data.patches import limit_pixels
 from firm_jax.errors import ConfigError, NonFiniteError
@@ -38,6 +39,7 @@ from firm_jax.interop.hub import identity, resolve
 from firm_jax.interop.lora_formats import adapter_of, write_peft
 from firm_jax.mesh import batch_size, make_mesh, to_host
 from firm_jax.models.qwen3_vl import Qwen3VL
+from firm_jax.profiling import model_flops_utilisation
 from firm_jax.run import Run, due
 from firm_jax.shapes.critic_folder import write_critic_folder
 
@@ -221,7 +223,8 @@ def train(config, workdir: str) -> None:
         if restored := run.restore(state):
             state, done, history = restored.state, restored.step, restored.data["history"]
         told = _epochs(done - len(history), steps_per_epoch)
-        made, clock = ahead(batches.at, range(done, steps)), Throughput()
+        flops = partial(step_flops, models.read_network(folder)[1], tuning)
+        made, clock = ahead(batches.at, range(done, steps)), Throughput(flops)
         for step in run.progress(run.loop(done, steps), "training", total=steps - done):
             with run.timer("data"):
                 batch = next(made)
@@ -245,7 +248,7 @@ def train(config, workdir: str) -> None:
                 epoch_ends=tell,
             )  # fmt: skip
             if tell:
-                told, clock = epoch, Throughput()
+                told, clock = epoch, Throughput(flops)
         model = nnx.merge(graphdef, _on_host(whole(state["params"], frozen, dtype=settings.stored_dtype)))
         lora = _on_host(state["params"]) if tuning.lora else None
         if run.is_main:
@@ -309,19 +312,24 @@ def base_folder(config, run: Run, examples=()) -> Path:
 
 
 class Throughput:
-    """Examples and tokens a second since it was made."""
+    """Examples and tokens a second since it was made, and the share of the devices' peak that `flops(batch)` is."""
 
-    def __init__(self):
-        self.since, self.examples, self.tokens = time.perf_counter(), 0, 0
+    def __init__(self, flops: Callable[[dict], int]):
+        self.since, self.examples, self.tokens, self.flops, self._flops_of = time.perf_counter(), 0, 0, 0, flops
 
     def count(self, batch: dict[str, np.ndarray]) -> None:
         """Add a batch of micro-batches; padding does not count."""
         real = batch["segments"] > 0
         self.examples, self.tokens = self.examples + int(real.any(-1).sum()), self.tokens + int(real.sum())
+        self.flops += self._flops_of(batch)
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | None]:
         seconds = time.perf_counter() - self.since
-        return {"throughput/examples_per_s": self.examples / seconds, "throughput/tokens_per_s": self.tokens / seconds}
+        return {
+            "throughput/examples_per_s": self.examples / seconds,
+            "throughput/tokens_per_s": self.tokens / seconds,
+            "throughput/mfu": model_flops_utilisation(self.flops, seconds),
+        }
 
 
 def _epochs(step: int, steps_per_epoch: int) -> int | float:

@@ -21,6 +21,7 @@ from firm_jax.critic.programs import CLOSING_TOKENS, OPENING_TOKENS, AbstractCri
 from firm_jax.critic.rubric import RUBRICS
 from firm_jax.critic.sft import check_settings, init_state, make_evaluation, make_update, make_whole
 from firm_jax.critic.sft_data import micro_batches
+from firm_jax.critic.sft_flops import image_flops, text_flops
 from firm_jax.critic.tuning import Tuning, learning_rates, make_optimizer
 from firm_jax.embedded import embedded_path
 from firm_jax.errors import ConfigError
@@ -138,20 +139,16 @@ class SFTPrograms:
         merge = self.critic.decoder.merge
         return lay_out([[0] * OPENING_TOKENS, *shown, [0] * CLOSING_TOKENS], 0, merge)
 
-    def _flops(self, shape: tuple[int, int, int], images: int, patches: int, text: int = 1, vision: int = 1) -> int:
-        """Of a step's batch of A x b rows and as many micro-batches of images, each part so many times."""
+    def _flops(self, shape: tuple[int, int, int], images: int, patches: int) -> int:
+        """Of a forward pass over a step's batch of A x b rows and as many micro-batches of images."""
         (A, b, T), config = shape, self.critic.config
-        return A * (
-            text * b * config.text.forward_flops(T, T, T) + vision * images * config.vision.forward_flops(patches)
-        )
+        return A * (b * config.text.forward_flops(T, T, T) + images * config.vision.forward_flops(patches))
 
     def _learning_flops(self, shape: tuple[int, int, int], images: int, patches: int) -> int:
-        """Forward, backward through all that lies above what is trained, and the gradients of its kernels; a LoRA's own
-        operations and what is computed again to save memory are not counted."""
-        parts, kernels = self.tuning.parts, 0 if self.tuning.lora else 1
-        text = 2 + kernels * ("language" in parts)
-        vision = 2 + kernels if "vision" in parts else 1
-        return self._flops(shape, images, patches, text, vision)
+        """Of the step on it, as `sft_flops.step_flops` with full rows."""
+        (A, b, T), config = shape, self.critic.config
+        images *= image_flops(config, self.tuning, patches)
+        return A * (b * text_flops(config, self.tuning, T) + images)
 
 
 def _held_as(tree, dtype: str):

@@ -79,12 +79,15 @@ class Qwen3VLVisionConfig:
 
     def forward_flops(self, patches: int) -> int:
         """Floating-point operations for a row of patches: matmuls and attention of tower and mergers, by our count."""
-        D, F, joined = self.hidden_size, self.intermediate_size, self.hidden_size * self.spatial_merge_size**2
+        D, F = self.hidden_size, self.intermediate_size
         block = 2 * patches * (4 * D * D + 2 * D * F) + 4 * patches * patches * D
-        merged = patches // self.spatial_merge_size**2
+        return self.depth * block + self.merger_flops(patches) + 2 * patches * self.patch_features * D
+
+    def merger_flops(self, patches: int) -> int:
+        """Those of the mergers among them."""
+        joined, merged = self.hidden_size * self.spatial_merge_size**2, patches // self.spatial_merge_size**2
         merger = 2 * merged * joined * (joined + self.out_hidden_size)
-        mergers = (1 + len(self.deepstack_visual_indexes)) * merger
-        return self.depth * block + mergers + 2 * patches * self.patch_features * D
+        return (1 + len(self.deepstack_visual_indexes)) * merger
 
     def to_hf(self) -> dict:
         raw = asdict(self)
