@@ -1,0 +1,41 @@
+"""Networks of any size with random weights, written as the folders that both sides load."""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from firm_jax import models
+from firm_jax.sharding import path_name
+
+
+def write_network(raw: Mapping, folder: Path, dtype: str) -> None:
+    """Write the network of a config.json's content with random weights as the folder of a Hugging Face checkpoint.
+
+    Kernels keep the size of what they multiply (deviation 1 / sqrt(fan in)), scales scatter around 1 and all else
+    around 0: no norm, bias or zero initialisation makes a part of the network do nothing.
+    """
+    network = models.network_class(class_name(raw))
+    graphdef, shapes = nnx.split(models.abstract(network, network.config_class.from_hf(raw)))
+
+    def one(path, leaf):
+        name = path_name(path)
+        noise = jax.random.normal(jax.random.key(zlib.crc32(name.encode())), leaf.shape, jnp.float32)
+        if name.endswith("kernel"):
+            convolution = leaf.ndim > 3  # three dimensions are those of a stack of linear layers
+            noise /= np.sqrt(np.prod(leaf.shape[:-1] if convolution else leaf.shape[-2]))
+        else:
+            noise = 0.1 * noise + name.endswith("scale")
+        return noise.astype(dtype)
+
+    params = jax.tree_util.tree_map_with_path(one, shapes)
+    models.save_pretrained(nnx.merge(graphdef, params), folder)
+
+
+def class_name(raw: Mapping) -> str:
+    """PyTorch's class of a config.json's content."""
+    return raw["_class_name"] if "_class_name" in raw else raw["architectures"][0]

@@ -1,0 +1,179 @@
+"""The benchmarks: the harness with work that costs nothing, and each script once, as small as it can be."""
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import critic_decode, harness, sd3_rollout, sd3_update
+from benchmarks.harness import OURS, PYTORCH, Case, Options, OutputsDiffer, Variant, distances, measure
+from benchmarks.sizes import CRITIC, SD3, parameters
+from firm_jax.published import PIPELINES, QWEN3_VL
+
+
+def stub(log: list, name: str, seconds=0.0, outputs=None, **given) -> Variant:
+    """A variant that writes down what is called."""
+
+    def note(what, result=None):
+        log.append((what, name))
+        return result
+
+    def run(prepared):
+        time.sleep(seconds)
+        return note("run", prepared)
+
+    found = {"x": np.ones(3)} if outputs is None else outputs
+    side, dtype = (PYTORCH if name.startswith("torch") else OURS), given.pop("dtype", "float32")
+    return Variant(
+        side, dtype, name, run, lambda result: note("outputs", found), 1e-3, lambda: note("prepare", name), **given
+    )
+
+
+def runs(log) -> list[str]:
+    return [name for what, name in log if what == "run"]
+
+
+def test_variants_run_in_turns_after_warm_up():
+    log = []
+    measured = measure(Case("work", [stub(log, name) for name in ("a", "b", "torch")], 2, "images"), rounds=4)
+    assert runs(log)[: 3 * harness.WARM_UP] == sorted(["a", "b", "torch"] * harness.WARM_UP)
+    timed = np.reshape(runs(log)[3 * harness.WARM_UP :], (4, 3)).tolist()
+    assert timed == [["a", "b", "torch"], ["b", "torch", "a"], ["torch", "a", "b"], ["a", "b", "torch"]]
+    assert all(len(row["seconds"]) == len(row["cpu_seconds"]) == 4 for row in measured["rows"])
+    # Each run is given what was prepared for it just before.
+    assert all(log[place - 1] == ("prepare", name) for place, (what, name) in enumerate(log) if what == "run")
+
+
+def test_preparing_and_comparing_are_not_timed():
+    def slow(value=None):
+        time.sleep(0.05)
+        return {"x": np.ones(3)}
+
+    variant = dataclasses.replace(stub([], "a"), prepare=slow, outputs=slow)
+    (row,) = measure(Case("work", [variant], 1, "images"), rounds=3)["rows"]
+    assert row["upper"] < 0.04
+
+
+ONES = {"x": np.ones(4), "tokens": np.arange(4)}
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"x": 1.01 * np.ones(4)}, r"x is 0.01 away"),
+        ({"x": np.array([1, 1, 1, np.nan])}, "x is nan away"),
+        ({"x": np.ones((2, 2))}, r"the shape \(2, 2\), not \(4,\)"),
+        ({"x": np.ones(4), "tokens": np.array([0, 1, 2, 4])}, "tokens differs in 1 of 4 places"),
+        ({"y": np.ones(4)}, "no output that can be compared"),
+    ],
+)
+def test_other_outputs_stop_the_measurement_before_anything_is_timed(wrong, told):
+    log = []
+    case = Case("work", [stub(log, "a", outputs=ONES), stub(log, "torch", outputs=wrong)], 1, "images")
+    with pytest.raises(OutputsDiffer, match=f"work: PyTorch, torch, float32.*{told}"):
+        measure(case, rounds=5)
+    assert len(runs(log)) <= 1 + harness.WARM_UP
+
+
+def test_distances_are_told():
+    near = {"x": np.array([1, 1, 1, 1 + 2e-4]), "tokens": np.arange(4), "other": np.zeros(1)}
+    assert distances(near, ONES, 1e-3, "name") == {"tokens": 0.0, "x": pytest.approx(1e-4)}
+
+
+def test_how_many_times_as_fast_is_told_for_each_dtype_and_for_the_best():
+    def row(side, how, dtype, seconds):
+        return {"side": side, "how": how, "dtype": dtype, "seconds": seconds, "median": float(np.median(seconds))}
+
+    rows = [
+        row(OURS, "jit", "float32", [1.0, 2.0, 1.0]),
+        row(OURS, "jit", "bfloat16", [4.0, 4.0, 4.0]),
+        row(PYTORCH, "eager", "float32", [3.0, 3.0, 3.0]),
+        row(PYTORCH, "torch.compile", "float32", [2.0, 6.0, 2.0]),
+        row(PYTORCH, "eager", "bfloat16", [1.5, 1.5, 1.5]),
+    ]
+    found = harness.speedups(rows)
+    assert {name: one["ratio"] for name, one in found.items()} == {"float32": 2.0, "bfloat16": 0.375, "any": 1.5}
+    assert found["float32"]["by_round"] == [2.0, 2.0, 2.5] and found["float32"][PYTORCH] == "torch.compile, float32"
+    assert harness.speedups(rows[:2]) == {}
+
+
+def test_a_result_says_how_it_was_made_and_names_nobody(tmp_path, capsys):
+    def cases(options, folder):
+        assert folder.is_dir() and options.rounds == 3 and options.dtypes == ("float32",)
+        yield Case("first", [stub([], "a"), stub([], "torch", 0.01)], 2, "images", 1e9, {"steps": 4})
+        assert len(json.loads(next(tmp_path.glob("*.json")).read_text())["cases"]) == 1  # kept, whatever comes
+        yield Case("second", [stub([], "a")], 1, "images", skipped={"PyTorch": "not installed: diffusers"})
+
+    given = ["--size", "small", "--rounds", "3", "--dtype", "float32", "--out", str(tmp_path)]
+    harness.main("stubs", "About stubs.", cases, given)
+    (file,) = tmp_path.iterdir()
+    assert re.fullmatch(r"stubs_small_cpu_\d{4}-\d\d-\d\d\.json", file.name)
+    found = json.loads(file.read_text())
+    assert found["command"] == "python -m benchmarks.stubs --size small --rounds 3 --dtype float32"
+    assert str(tmp_path) not in file.read_text() and str(Path.home()) not in file.read_text()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", found["revision"])
+    assert found["machine"]["cores"] > 0 and {"python", "jax", "numpy"} <= found["versions"].keys()
+    first, second = found["cases"]
+    assert first["config"] == {"steps": 4} and first["speedup"]["any"]["ratio"] > 1
+    row = first["rows"][1]
+    assert row["lower"] <= row["median"] <= row["upper"] and row["per_second"] == pytest.approx(2 / row["median"])
+    assert row["flops_per_second"] == pytest.approx(1e9 / row["median"])
+    assert second["skipped"] == {"PyTorch": "not installed: diffusers"} and second["speedup"] == {}
+    printed = capsys.readouterr().out
+    assert "skipped: PyTorch: not installed: diffusers" in printed and "times as fast" in printed
+
+
+def test_what_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffusers" else name)
+    assert sd3_rollout.absent("diffusers", "peft") == "not installed: diffusers"
+    assert sd3_rollout.absent("peft") is None
+
+
+# Each script once
+
+
+def agree(case: Case, sides=(OURS, PYTORCH)) -> dict:
+    """The case measured once, on both sides: outputs that differ raise."""
+    measured = measure(case, rounds=1)
+    assert [row["side"] for row in measured["rows"]] == list(sides) and measured["skipped"] == {}
+    assert case.flops > 0 and measured["speedup"]["float32"]["ratio"] > 0
+    assert json.dumps(measured)
+    return {row["side"]: row["distance"] for row in measured["rows"]}
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch) -> Options:
+    monkeypatch.setattr(harness, "WARM_UP", 1)
+    return Options("tiny", ("float32",), ("eager",), rounds=1, devices=1, out=tmp_path)
+
+
+TINY = {"height": 32, "width": 16, "text_tokens": 7, "images": 2, "steps": 5, "timesteps": 2, "rank": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, compared", [(sd3_rollout, {"latents", "images"}), (sd3_update, {"loss", "gradient"})])
+def test_sd3(script, compared, options, tmp_path):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    (case,) = script.cases(options, tmp_path, dataclasses.replace(SD3["tiny"], **TINY))
+    assert compared <= agree(case)[PYTORCH].keys()
+
+
+def test_critic_decode(options, tmp_path):
+    pytest.importorskip("torch")
+    size = dataclasses.replace(CRITIC["tiny"], side=32, text_tokens=9, tokens=5, batches=(2,))
+    prefill, decode = critic_decode.cases(options, tmp_path, size)
+    assert agree(prefill)[PYTORCH].keys() == {"logits"}
+    assert agree(decode)[PYTORCH].keys() == {"logits", "tokens"}
+
+
+def test_the_sizes_are_what_they_say():
+    """`small` has about 50 million parameters a network that is trained or asked; `full` is what is published."""
+    for raw in (SD3["small"].model["transformer"], CRITIC["small"].model):
+        assert 40e6 < parameters(raw) < 65e6
+    assert SD3["full"].model == PIPELINES["stabilityai/stable-diffusion-3.5-medium"]
+    assert CRITIC["full"].model == QWEN3_VL["8B"]
