@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.families import FAMILIES
 from benchmarks.harness import Options
 from benchmarks.sizes import ATTENTION, Diffusion, parameters
-from benchmarks.torch_side import autocast, compiled, device, tensor
+from benchmarks.torch_side import autocast, compiled, device
 from firm_jax import models
 from firm_jax.generation import Generator
 from firm_jax.generation.generator import pipeline_class
-from firm_jax.generation.text import Conditioning
 from firm_jax.interop.lora_formats import adapter_of, write_peft
 from firm_jax.mesh import replicate
 from firm_jax.models.lora import LoraConfig, init_lora
@@ -40,13 +40,10 @@ class Work:
         self.settings = SimpleNamespace(
             steps=size.steps, solver="dpm2", guidance=1.0, height=size.height, width=size.width, batch_size=size.images
         )
-        transformer = self.configs["transformer"]
-        self.conditioning = Conditioning(
-            self.normal(size.images, size.text_tokens, transformer["joint_attention_dim"]),
-            self.normal(size.images, transformer["pooled_projection_dim"]),
-        )
         self.lora = LoraConfig(size.rank, 2.0 * size.rank, ATTENTION)
         self.shapes = self._abstract("float32")
+        self.family = FAMILIES[self.configs["model_index"]["_class_name"]]
+        self.conditioning = self.family.conditioning(self)
         tree = jax.eval_shape(partial(init_lora, config=self.lora), self.key, self.shapes.params)
         self.adapters = {name: jax.tree.map(self._adapter, tree) for name in (CURRENT, OLD)}
         for name, adapter in self.adapters.items():
@@ -81,9 +78,13 @@ class Work:
         made.vae_params = nnx.state(models.from_pretrained(self.weights / "vae", dtype="float32", mesh=self.mesh))
         return made
 
-    def placed_conditioning(self, dtype: str) -> Conditioning:
-        """As our text encoders leave it: in the dtype of their weights, whole on every device."""
-        return replicate(jax.tree.map(lambda array: array.astype(dtype), self.conditioning), self.mesh)
+    def placed_conditioning(self, dtype: str):
+        """As our text encoders leave it: floats in the dtype of their weights, whole on every device."""
+
+        def cast(array):
+            return array.astype(dtype) if array.dtype == np.float32 else array
+
+        return replicate(jax.tree.map(cast, self.conditioning), self.mesh)
 
 
 class TorchPolicy:
@@ -109,21 +110,15 @@ class TorchPolicy:
             held.to(device()).eval(), work.folder / CURRENT, adapter_name=CURRENT, is_trainable=True
         )
         self.adapted.load_adapter(work.folder / OLD, adapter_name=OLD)
-        self.context, self.pooled = (tensor(array).to(getattr(torch, dtype)) for array in work.conditioning)
+        self.given = work.family.torch_inputs(work, getattr(torch, dtype))
 
     def velocity(self, mode: str):
-        """`(x [B, C, h, w], t [B], rows) -> v`, `rows` of the conditioning."""
-        network = compiled(self.adapted, mode)
+        """`(x [B, C, h, w], t [B]) -> v`, of all samples, each with its own conditioning."""
+        network, family = compiled(self.adapted, mode), self.work.family
 
-        def velocity(x, t, rows):
+        def velocity(x, t):
             with autocast(self.dtype):
-                return network(
-                    hidden_states=x.to(self.context.dtype),
-                    timestep=1000 * t,
-                    encoder_hidden_states=self.context[rows],
-                    pooled_projections=self.pooled[rows],
-                    return_dict=False,
-                )[0].float()
+                return family.velocity(network, self.given, x.to(self.given["encoder_hidden_states"].dtype), t).float()
 
         return velocity
 
@@ -136,7 +131,7 @@ def torch_vae(work: Work):
     return kind.from_pretrained(work.weights / "vae").to(device()).eval()
 
 
-def torch_dpm2(velocity, noise, sigmas: Sequence[float], rows):
+def torch_dpm2(velocity, noise, sigmas: Sequence[float]):
     """DPM-Solver++ 2M on image predictions, in a loop of the host, as PyTorch's samplers have it; latents [B, C, h, w].
 
     The first step, the step after sigma 1 and the one to sigma 0 are of first order.
@@ -149,7 +144,7 @@ def torch_dpm2(velocity, noise, sigmas: Sequence[float], rows):
     x, before, sigmas = noise, None, list(map(float, sigmas))
     for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         t = torch.full((len(x),), sigma, device=x.device)
-        image = x - sigma * velocity(x, t, rows)
+        image = x - sigma * velocity(x, t)
         towards = image
         if step > 0 and sigmas[step - 1] < 1 and following > 0:
             length = log_snr(following) - log_snr(sigma)

@@ -47,8 +47,7 @@ def pytorch(work: Work, options: Options) -> Iterator[Variant]:
 
     sigmas = work.sigmas()
     noise = initial_noise(jax.random.fold_in(work.key, 0), work.numbers, work.latent_shape())
-    noise, rows = tensor(channels_first(noise)), torch.arange(work.size.images)
-    vae = torch_vae(work)
+    noise, vae = tensor(channels_first(noise)), torch_vae(work)
     policies = {dtype: TorchPolicy(work, dtype) for dtype in options.dtypes}
 
     def variant(mode: str, how: str, dtype: str) -> Variant:
@@ -58,8 +57,8 @@ def pytorch(work: Work, options: Options) -> Iterator[Variant]:
         @torch.no_grad()
         def run(_):
             policy.adapted.set_adapter(OLD)
-            latents = torch_dpm2(velocity, noise, sigmas, rows)
-            images = decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+            latents = torch_dpm2(velocity, noise, sigmas)
+            images = work.family.decode(vae, decode, latents)
             return host(latents), host((images / 2 + 0.5).clamp(0, 1))
 
         def outputs(result):
@@ -77,8 +76,8 @@ def flops(work: Work) -> float:
     return size.images * (drawing_flops(shapes, work.settings, work.conditioning) + decoding)
 
 
-def cases(options: Options, folder: Path, size: Diffusion | None = None) -> Iterator[Case]:
-    size = size or SD3[options.size]
+def drawing(question: str, size: Diffusion, options: Options, folder: Path) -> Case:
+    """The rollout of one size, of any family."""
     work = Work(size, folder, options)
     made, skipped = [ours(work, dtype) for dtype in options.dtypes], {}
     if why := absent("diffusers", "peft"):
@@ -86,8 +85,12 @@ def cases(options: Options, folder: Path, size: Diffusion | None = None) -> Iter
     else:
         skipped = modes(options)[1]
         made += pytorch(work, options)
-    name = f"SD3 rollout, {size.steps} dpm2 steps at {size.height} x {size.width}, and decoding"
-    yield Case(name, made, size.images, "images", flops(work), work.described(), skipped)
+    name = f"{question}, {size.steps} dpm2 steps at {size.height} x {size.width}, and decoding"
+    return Case(name, made, size.images, "images", flops(work), work.described(), skipped)
+
+
+def cases(options: Options, folder: Path, size: Diffusion | None = None) -> Iterator[Case]:
+    yield drawing("SD3 rollout", size or SD3[options.size], options, folder)
 
 
 if __name__ == "__main__":

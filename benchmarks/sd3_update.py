@@ -99,11 +99,10 @@ class TorchUpdate:
     """The published training's step, written from its description."""
 
     def __init__(self, work: Work, samples: Samples, dtype: str):
-        import torch
 
         self.work, self.policy = work, TorchPolicy(work, dtype)
         self.x0, self.t, self.r = (tensor(array) for array in (channels_first(samples.x0), samples.t, samples.r))
-        self.noise, self.rows = tensor(channels_first(samples.noise)), torch.arange(work.size.images)
+        self.noise = tensor(channels_first(samples.noise))
         self.policy.adapted.set_adapter(CURRENT)
         named = self.policy.adapted.named_parameters()
         # By module, then A before B: as the outputs of ours are laid out.
@@ -160,11 +159,11 @@ class TorchUpdate:
         x_t = (1 - share) * x0 + share * noise
         with torch.no_grad():
             adapted.set_adapter(OLD)
-            v_old = velocity(x_t, t, self.rows)
+            v_old = velocity(x_t, t)
         adapted.set_adapter(CURRENT)
-        v = velocity(x_t, t, self.rows)
+        v = velocity(x_t, t)
         with torch.no_grad(), adapted.disable_adapter():
-            v_ref = velocity(x_t, t, self.rows)
+            v_ref = velocity(x_t, t)
 
         def error(implicit):
             distance = x_t - share * implicit - x0
@@ -185,8 +184,8 @@ class TorchUpdate:
         }
 
 
-def cases(options: Options, folder: Path, size: Diffusion | None = None) -> Iterator[Case]:
-    size = size or SD3[options.size]
+def learning(question: str, size: Diffusion, options: Options, folder: Path) -> Case:
+    """The update of one size, of any family."""
     work = Work(size, folder, options)
     samples = Samples(work)
     made, skipped = [ours(work, samples, dtype) for dtype in options.dtypes], {}
@@ -198,8 +197,12 @@ def cases(options: Options, folder: Path, size: Diffusion | None = None) -> Iter
         made += [steps[dtype].variant(mode, how, dtype) for mode, how, dtype in variants(options)]
     settings = SimpleNamespace(timesteps=size.timesteps)
     flops = size.images * learning_flops(work.shapes, settings, (size.height, size.width), work.conditioning)
-    name = f"SD3 update from {size.images} images of {size.height} x {size.width} at {size.timesteps} timesteps each"
-    yield Case(name, made, size.images * size.timesteps, "samples", flops, work.described(), skipped)
+    name = f"{question} from {size.images} images of {size.height} x {size.width} at {size.timesteps} timesteps each"
+    return Case(name, made, size.images * size.timesteps, "samples", flops, work.described(), skipped)
+
+
+def cases(options: Options, folder: Path, size: Diffusion | None = None) -> Iterator[Case]:
+    yield learning("SD3 update", size or SD3[options.size], options, folder)
 
 
 if __name__ == "__main__":

@@ -44,13 +44,15 @@ class Diffusion:
     rank: int
     remat: str = "none"
 
-    def pipeline(self, folder: Path) -> tuple[Mapping[str, Mapping], Path]:
-        """The pipeline's JSON files by part, and a folder with its transformer and vae, written below `folder`."""
+    def pipeline(
+        self, folder: Path, parts: tuple[str, ...] = ("transformer", "vae")
+    ) -> tuple[Mapping[str, Mapping], Path]:
+        """The pipeline's JSON files by part, and a folder with `parts` of it, written below `folder`."""
         if isinstance(self.model, str):
             embedded = embedded_path(self.model)
             index = read_model_index(embedded)
             return pipeline_class(index).read_configs(embedded) | {"model_index": index}, embedded
-        for part in ("transformer", "vae"):
+        for part in parts:
             if not (folder / part).exists():
                 write_network(self.model[part], folder / part, "float32" if part == "vae" else self.stored)
         return self.model, folder
@@ -104,6 +106,27 @@ SD3 = {
     "tiny": Diffusion("embedded:sd3", "float32", 64, 64, 35, images=36, steps=10, timesteps=3, rank=16),
     "small": Diffusion(_SMALL_SD3, "float32", 256, 256, 141, images=4, steps=10, timesteps=2, rank=32),
     "full": Diffusion(_SD35, "bfloat16", 512, 512, 333, images=8, steps=10, timesteps=2, rank=32),
+}
+
+_EDIT = PIPELINES["Qwen/Qwen-Image-Edit-2509"]
+_SMALL_EDIT = dict(_EDIT) | {
+    "transformer": dict(_EDIT["transformer"])
+    | {
+        "attention_head_dim": 64,
+        "axes_dims_rope": [8, 28, 28],
+        "joint_attention_dim": 512,
+        "num_attention_heads": 6,
+        "num_layers": 9,
+    },
+    "vae": dict(_EDIT["vae"]) | {"base_dim": 32},
+    "text_encoder": dict(_EDIT["text_encoder"])
+    | {"hidden_size": 512, "text_config": dict(_EDIT["text_encoder"]["text_config"]) | {"hidden_size": 512}},
+}
+
+QWEN_EDIT = {
+    "tiny": Diffusion("embedded:qwen_image_edit", "float32", 64, 64, 48, images=36, steps=6, timesteps=3, rank=16),
+    "small": Diffusion(_SMALL_EDIT, "float32", 256, 256, 128, images=4, steps=6, timesteps=2, rank=32),
+    "full": Diffusion(_EDIT, "bfloat16", 512, 512, 452, images=4, steps=6, timesteps=2, rank=32, remat="full"),
 }
 
 _SMALL_CRITIC = {

@@ -9,9 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import critic_decode, harness, sd3_rollout, sd3_update
+from benchmarks import (
+    critic_decode,
+    harness,
+    qwen_edit_rollout,
+    qwen_edit_update,
+    sd3_rollout,
+    sd3_update,
+    text_encoding,
+)
 from benchmarks.harness import OURS, PYTORCH, Case, Options, OutputsDiffer, Variant, distances, measure
-from benchmarks.sizes import CRITIC, SD3, parameters
+from benchmarks.sizes import CRITIC, QWEN_EDIT, SD3, parameters
 from firm_jax.published import PIPELINES, QWEN3_VL
 
 
@@ -151,16 +159,19 @@ def options(tmp_path, monkeypatch) -> Options:
     return Options("tiny", ("float32",), ("eager",), rounds=1, devices=1, out=tmp_path)
 
 
+FAMILIES = [(sd3_rollout, sd3_update, SD3), (qwen_edit_rollout, qwen_edit_update, QWEN_EDIT)]
 TINY = {"height": 32, "width": 16, "text_tokens": 7, "images": 2, "steps": 5, "timesteps": 2, "rank": 4}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, compared", [(sd3_rollout, {"latents", "images"}), (sd3_update, {"loss", "gradient"})])
-def test_sd3(script, compared, options, tmp_path):
+@pytest.mark.parametrize("rollout, update, sizes", FAMILIES)
+def test_generators(rollout, update, sizes, options, tmp_path):
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    (case,) = script.cases(options, tmp_path, dataclasses.replace(SD3["tiny"], **TINY))
-    assert compared <= agree(case)[PYTORCH].keys()
+    for script, compared in ((rollout, {"latents", "images"}), (update, {"loss", "gradient", "adapters", "average"})):
+        (folder := tmp_path / script.__name__).mkdir()
+        (case,) = script.cases(options, folder, dataclasses.replace(sizes["tiny"], **TINY))
+        assert compared <= agree(case)[PYTORCH].keys()
 
 
 def test_critic_decode(options, tmp_path):
@@ -171,9 +182,15 @@ def test_critic_decode(options, tmp_path):
     assert agree(decode)[PYTORCH].keys() == {"logits", "tokens"}
 
 
+def test_text_encoding(options, tmp_path):
+    pytest.importorskip("torch")
+    (case,) = text_encoding.cases(options, tmp_path, dataclasses.replace(SD3["tiny"], images=2))
+    assert agree(case)[PYTORCH].keys() == {"context", "pooled"}
+
+
 def test_the_sizes_are_what_they_say():
     """`small` has about 50 million parameters a network that is trained or asked; `full` is what is published."""
-    for raw in (SD3["small"].model["transformer"], CRITIC["small"].model):
+    for raw in (SD3["small"].model["transformer"], QWEN_EDIT["small"].model["transformer"], CRITIC["small"].model):
         assert 40e6 < parameters(raw) < 65e6
     assert SD3["full"].model == PIPELINES["stabilityai/stable-diffusion-3.5-medium"]
     assert CRITIC["full"].model == QWEN3_VL["8B"]
