@@ -151,7 +151,7 @@ def cases(options: Options, folder: Path, size: Critic | None = None) -> Iterato
         theirs = [Theirs(questions, dtype) for dtype in options.dtypes]
     length, config = len(questions.sequences[0]), questions.config
     patches = len(questions.sequences[0].images[0].patches)
-    described = {name: value for name, value in vars(size).items() if name != "model"} | {
+    described = size.described() | {
         "parameters": parameters(models.read_config(questions.folder)),
         "question_tokens": length,
         "patches": patches,

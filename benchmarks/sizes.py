@@ -62,7 +62,8 @@ class Diffusion:
 class Critic:
     """A critic, and what it is asked: a picture of side x side pixels, then `text_tokens` of text.
 
-    model: an `embedded:` name, or the content of config.json. tokens: that it writes.
+    model: an `embedded:` name, or the content of config.json. tokens: of an answer. batches: of so many questions.
+    remat: as above, of a step of its training.
     """
 
     model: str | Mapping
@@ -71,6 +72,11 @@ class Critic:
     text_tokens: int
     tokens: int
     batches: tuple[int, ...] = (1, 8, 32)
+    remat: str = "none"
+
+    def described(self) -> dict:
+        """Its numbers, for the result's file."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
     def folder(self, folder: Path) -> Path:
         """A folder with its weights, written below `folder`."""
@@ -163,6 +169,12 @@ CRITIC = {
     "tiny": Critic("embedded:critic_gen", "float32", side=64, text_tokens=100, tokens=32),
     "small": Critic(_SMALL_CRITIC, "float32", side=256, text_tokens=128, tokens=64),
     "full": Critic(QWEN3_VL["8B"], "bfloat16", side=512, text_tokens=450, tokens=200),
+}
+
+SFT = {
+    "tiny": Critic("embedded:critic_gen", "float32", side=64, text_tokens=120, tokens=60, batches=(16,)),
+    "small": Critic(_SMALL_CRITIC, "float32", side=256, text_tokens=180, tokens=90, batches=(4,)),
+    "full": Critic(QWEN3_VL["2B"], "float32", side=512, text_tokens=650, tokens=200, batches=(8,), remat="full"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import (
     critic_decode,
+    critic_sft,
     harness,
     qwen_edit_rollout,
     qwen_edit_update,
@@ -19,7 +20,7 @@ from benchmarks import (
     text_encoding,
 )
 from benchmarks.harness import OURS, PYTORCH, Case, Options, OutputsDiffer, Variant, distances, measure
-from benchmarks.sizes import CRITIC, QWEN_EDIT, SD3, parameters
+from benchmarks.sizes import CRITIC, QWEN_EDIT, SD3, SFT, parameters
 from firm_jax.published import PIPELINES, QWEN3_VL
 
 
@@ -180,6 +181,13 @@ def test_critic_decode(options, tmp_path):
     prefill, decode = critic_decode.cases(options, tmp_path, size)
     assert agree(prefill)[PYTORCH].keys() == {"logits"}
     assert agree(decode)[PYTORCH].keys() == {"logits", "tokens"}
+
+
+def test_critic_sft(options, tmp_path):
+    pytest.importorskip("torch")
+    size = dataclasses.replace(SFT["tiny"], side=32, text_tokens=9, tokens=5, batches=(2,))
+    (case,) = critic_sft.cases(options, tmp_path, size)
+    assert agree(case)[PYTORCH].keys() == {"loss", "gradient"}
 
 
 def test_text_encoding(options, tmp_path):
