@@ -176,11 +176,14 @@ class TorchUpdate:
         return policy + TRAIN.kl_weight * kl, kl.detach()
 
     def outputs(self, result) -> dict[str, np.ndarray]:
+        import torch
+
         adamw, averages, (total, kl) = result
-        moments = [adamw.state[parameter]["exp_avg"] for parameter in self.trained]
+        # What feeds nothing, as the last block's text stream may, has no gradient here and one of zeros in ours.
+        moments = [adamw.state[p]["exp_avg"] if p in adamw.state else torch.zeros_like(p) for p in self.trained]
         told = {"gradient": moments, "adapters": self.trained, "average": averages}
         return losses(total.item(), kl.item()) | {
-            what: flat([tensor.detach().cpu() for tensor in tensors]) for what, tensors in told.items()
+            what: flat([values.detach().cpu() for values in found]) for what, found in told.items()
         }
 
 
