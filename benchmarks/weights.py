@@ -2,10 +2,10 @@
 
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,17 +23,21 @@ def write_network(raw: Mapping, folder: Path, dtype: str) -> None:
     graphdef, shapes = nnx.split(models.abstract(network, network.config_class.from_hf(raw)))
 
     def one(path, leaf):
-        name = path_name(path)
-        noise = jax.random.normal(jax.random.key(zlib.crc32(name.encode())), leaf.shape, jnp.float32)
+        name, mean, deviation = path_name(path), 0.0, 0.1
         if name.endswith("kernel"):
             convolution = leaf.ndim > 3  # three dimensions are those of a stack of linear layers
-            noise /= np.sqrt(np.prod(leaf.shape[:-1] if convolution else leaf.shape[-2]))
-        else:
-            noise = 0.1 * noise + name.endswith("scale")
-        return noise.astype(dtype)
+            deviation = float(np.prod(leaf.shape[:-1] if convolution else leaf.shape[-2]) ** -0.5)
+        elif name.endswith("scale"):
+            mean = 1.0
+        return draw(jax.random.key(zlib.crc32(name.encode())), leaf.shape, dtype, mean, deviation)
 
     params = jax.tree_util.tree_map_with_path(one, shapes)
     models.save_pretrained(nnx.merge(graphdef, params), folder)
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))  # one program, so that nothing larger than its result is held
+def draw(key, shape: tuple[int, ...], dtype: str, mean: float, deviation: float):
+    return (mean + deviation * jax.random.normal(key, shape)).astype(dtype)
 
 
 def class_name(raw: Mapping) -> str:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from firm_jax.data.groups import EpochGroups
 from firm_jax.generation import initial_noise
 from firm_jax.generation.schedules import noised
 from firm_jax.mesh import batch_size, shard_batch
 from firm_jax.models.layers import take_rows
 from firm_jax.models.lora import scaled, zeros_like
 from firm_jax.rl.nft import ema_decay, mix, nft_loss
+
+if TYPE_CHECKING:  # the update itself needs no data loader to be installed
+    from firm_jax.data.groups import EpochGroups
 
 
 def make_optimizer(train) -> optax.GradientTransformation:
@@ -122,7 +125,7 @@ def micro_batches(samples: int, settings, mesh) -> tuple[int, int]:
     return -(-largest // size), size
 
 
-def optimizer_batches(group: EpochGroups, latents, r, valid, sigmas, seed: int, settings, mesh) -> Iterator[dict]:
+def optimizer_batches(group: "EpochGroups", latents, r, valid, sigmas, seed: int, settings, mesh) -> Iterator[dict]:
     """The epoch's M samples, shuffled, as `updates_per_epoch` batches of micro-batches for the update.
 
     Every sample comes at `timesteps` points of its rollout's schedule, drawn without replacement (all arrays indexed
