@@ -32,7 +32,6 @@ from firm_jax.interop.mapping import SAME_NAMES, tensors, to_torch
 from firm_jax.mesh import batch_size, on_mesh, to_host
 from firm_jax.sharding import path_name
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 TRAIN = SimpleNamespace(
     warmup_ratio=0.0, learning_rate=1e-5, max_grad_norm=1.0, b1=0.9, b2=0.999, weight_decay=0.0
 )  # fmt: skip
@@ -82,7 +81,7 @@ def ours(size: Critic, questions: Questions, dtype: str, options: Options) -> Va
         moments = named(optax.tree.get(state["optimizer"], "mu"), rules)
         return {"loss": np.asarray(metrics["loss/total"]), "gradient": flat(moments)}
 
-    return Variant(OURS, dtype, "jit", run, outputs, TOLERANCES[dtype], prepare)
+    return Variant(OURS, dtype, "jit", run, outputs, prepare)
 
 
 def named(tree, rules) -> dict[str, np.ndarray]:
@@ -146,7 +145,7 @@ class Theirs:
             moments = {name: adamw.state[p]["exp_avg"].cpu().numpy() for name, p in self.trained.items()}
             return {"loss": np.float32(loss.item()), "gradient": flat(moments)}
 
-        return Variant(PYTORCH, dtype, how, run, outputs, TOLERANCES[dtype], self.prepare)
+        return Variant(PYTORCH, dtype, how, run, outputs, self.prepare)
 
 
 def cases(options: Options, folder: Path, size: Critic | None = None) -> Iterator[Case]:

@@ -22,8 +22,6 @@ from firm_jax.mesh import on_mesh
 from firm_jax.models.lora import scaled
 from firm_jax.rl.rollout import drawing_flops, make_sampler
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
-
 
 def ours(work: Work, dtype: str) -> Variant:
     generator = work.generator(dtype)
@@ -39,7 +37,7 @@ def ours(work: Work, dtype: str) -> Variant:
     def outputs(result):
         return {"latents": result[0], "images": result[1]}
 
-    return Variant(OURS, dtype, "jit", run, outputs, TOLERANCES[dtype])
+    return Variant(OURS, dtype, "jit", run, outputs)
 
 
 def pytorch(work: Work, options: Options) -> Iterator[Variant]:
@@ -64,7 +62,7 @@ def pytorch(work: Work, options: Options) -> Iterator[Variant]:
         def outputs(result):
             return {"latents": channels_last(result[0]), "images": channels_last(result[1])}
 
-        return Variant(PYTORCH, dtype, how, run, outputs, TOLERANCES[dtype])
+        return Variant(PYTORCH, dtype, how, run, outputs)
 
     for given in variants(options):
         yield variant(*given)

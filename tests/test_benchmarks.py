@@ -38,7 +38,7 @@ def stub(log: list, name: str, seconds=0.0, outputs=None, **given) -> Variant:
     found = {"x": np.ones(3)} if outputs is None else outputs
     side, dtype = (PYTORCH if name.startswith("torch") else OURS), given.pop("dtype", "float32")
     return Variant(
-        side, dtype, name, run, lambda result: note("outputs", found), 1e-3, lambda: note("prepare", name), **given
+        side, dtype, name, run, lambda result: note("outputs", found), lambda: note("prepare", name), **given
     )
 
 
