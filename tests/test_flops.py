@@ -3,13 +3,16 @@
 XLA also counts norms, activations and embeddings, which the wide layers here keep below the tolerance.
 """
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from firm_jax.critic.sft import sft_sums
+from firm_jax import profiling
+from firm_jax.critic.sft import Throughput, sft_sums
 from firm_jax.critic.sft_flops import step_flops
 from firm_jax.critic.tuning import PARTS, Tuning
 from firm_jax.models import abstract
@@ -293,3 +296,14 @@ def test_padding_is_worth_nothing_and_packed_examples_attend_to_themselves():
     assert step_flops(config, tuning, {"segments": segments}) == expected
     expected += sum(3 * config.vision.forward_flops(n) for n in (8, 16))
     assert step_flops(config, tuning, {"segments": segments, "grids": grids}) == expected
+
+
+def test_a_critic_s_training_tells_its_share_of_the_peak(monkeypatch):
+    batch = {"segments": np.ones((1, 2, 4), int)}
+    clock = Throughput(lambda batch: int(batch["segments"].sum()) * 10**9)
+    for _ in range(2):
+        clock.count(batch)
+    assert clock.report()["throughput/mfu"] is None  # of a CPU no peak is known
+    clock.since = time.perf_counter() - 4.0
+    monkeypatch.setattr(profiling, "peak_flops", lambda: 1e11)
+    assert clock.report()["throughput/mfu"] == pytest.approx(16e9 / 4 / (1e11 * jax.device_count()), rel=0.05)
