@@ -113,3 +113,14 @@ def test_what_cannot_be_planned_is_said(world):
     config.critic.model = None
     with pytest.raises(ConfigError, match=r"critic\.model"):
         SFTPrograms(config, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+
+
+def test_what_no_evaluation_asks_is_not_compiled(world):
+    names = [
+        {
+            program.name
+            for program in SFTPrograms(config, make_mesh(**config.mesh, devices=jax.devices()[:2])).programs()
+        }
+        for config in (config_for(world), config_for(world, **{"eval.answers": 0}))
+    ]
+    assert names[1] == {"update", "held-out loss"} < names[0]

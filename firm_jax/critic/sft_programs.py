@@ -98,6 +98,8 @@ class SFTPrograms:
             calls=0,
             limit="train.examples_per_device",
         )
+        if self.config.eval.answers == 0 and not self.config.eval.bench:
+            return  # no evaluation asks for an answer
         yield Program(
             "weights as served",
             make_whole(self.tuning),
