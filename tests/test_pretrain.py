@@ -146,6 +146,7 @@ def trained_edit_autoencoder(tmp_path_factory, one_device):
     return folder
 
 
+@pytest.mark.slow
 def test_the_edit_autoencoder_job_measures_its_latents_channel_by_channel(trained_edit_autoencoder):
     config = models.from_pretrained(trained_edit_autoencoder / "model").config
     assert len(set(config.latents_mean)) == len(set(config.latents_std)) == 16
@@ -196,6 +197,7 @@ def test_a_critic_may_start_from_the_weights_of_another_vocabulary(tmp_path):
     np.testing.assert_array_equal(*kernels)
 
 
+@pytest.mark.slow
 def test_the_qwen_generator_job_draws_from_text_alone(trained_edit_autoencoder, tmp_path, one_device):
     config = load_config("configs/shapes.py:qwen_generator")
     config.train.update(FEW | {"tasks": 20, "batch_size": 4, "wrong_epochs": 1})

@@ -216,6 +216,7 @@ def metrics_of(workdir) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(("time", "goodput", "throughput"))} for line in lines]
 
 
+@pytest.mark.slow  # test_sft_run.py does it of a LoRA
 def test_a_stopped_run_continues_bit_for_bit(file, folder, tmp_path, monkeypatch, one_device):
     config = make_config(file, folder)
     sft.train(config, str(tmp_path / "straight"))
