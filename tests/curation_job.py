@@ -20,7 +20,7 @@ import curation_world as world
 from firm_jax.curation import difference_first, plan_then_score
 from firm_jax.curation.ledger import Ledger
 
-RECORDS = 8
+RECORDS = 40  # so much that there is work for every life, however many requests it makes before it is killed
 
 
 def play(bills: Path):
@@ -73,18 +73,23 @@ def lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+def alive(child: int) -> bool:
+    """Whether a child is still at work; one that is not stays to be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def main(folder: Path, kills: int, seed: int) -> None:
     draw, done = random.Random(seed), 0
     world.records(folder, RECORDS, images=2)
     while True:
         child = life(folder, folder / "calls.sqlite", folder / "bills", folder / "killed.json")
         if done < kills:
-            more = draw.randint(0, 40 // kills)  # requests that it may make: so there is work for every life
+            more = draw.randint(0, 40 // kills)  # requests that it may make, and then some
             until = lines(folder / "bills") + more
-            while lines(folder / "bills") < until:
+            while lines(folder / "bills") < until and alive(child):
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)  # nothing happens to one that has ended
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
             break
