@@ -32,6 +32,7 @@ SMALL = {
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600 * KILLS),
     # Read back here without saying where the arrays should lie.
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
 ]

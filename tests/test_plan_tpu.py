@@ -136,6 +136,7 @@ PROGRAMS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_full_size_job_fits_sixteen_small_chips():
     """Ten minutes of one core, and 6 GB of memory."""
     process = started("main.py", "--config", "configs/gen_qma.py", "--plan", "v5e:4x4")

@@ -29,7 +29,7 @@ SMALL = {
     "checkpoint.every": 1,
 }  # fmt: skip
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @dataclass

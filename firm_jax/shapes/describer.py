@@ -40,10 +40,9 @@ def conversations(first: int, count: int) -> Iterator[Conversation]:
         yield Conversation(tuple(to_pil(image) for image in images), question, answer, "", f"description_{number}")
 
 
-def main(folder: str, count: str = str(COUNT)) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_sharegpt(Path(folder) / "examples.jsonl", conversations(0, int(count)))
-    write_sharegpt(Path(folder) / "held_out.jsonl", conversations(int(count), HELD_OUT))
+def main(folder: str) -> None:
+    write_sharegpt(Path(folder) / "examples.jsonl", conversations(0, COUNT))
+    write_sharegpt(Path(folder) / "held_out.jsonl", conversations(COUNT, HELD_OUT))
 
 
 if __name__ == "__main__":
