@@ -38,16 +38,18 @@ MODEL = Path("critic", "model")  # below the folder of a recipe and a seed
 
 @dataclass(frozen=True)
 class Task:
-    """The recipe that is compared with the single pass, the records that are judged, and most examples of one score."""
+    """The recipe that is compared with the single pass, the records that are judged, most examples of one score, and
+    the steps that a critic is trained for unless told."""
 
     recipe: str
     records: int
     per_score: int
+    steps: int
 
 
 TASKS = {
-    "gen": Task("plan_then_score", 2_500, 400),
-    "edit": Task("difference_first", 1_500, 250),
+    "gen": Task("plan_then_score", 8_000, 1_200, 300),
+    "edit": Task("difference_first", 1_500, 250, 160),
 }
 
 
@@ -152,9 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("runs/critic_data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=160, help=f"of training, {BATCH} examples each (%(default)s)")
+    usual = ", ".join(f"{task.steps} for {name}" for name, task in TASKS.items())
+    parser.add_argument("--steps", type=int, help=f"of training, {BATCH} examples each ({usual})")
     given = parser.parse_args(arguments)
-    out, task = given.out.resolve(), given.task
+    out, task, steps = given.out.resolve(), given.task, given.steps or TASKS[given.task].steps
     begun, critics = time.perf_counter(), [BASE]
     for seed in given.seeds:
         for recipe in recipes(task):
@@ -162,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             critics.append(str(folder / MODEL))
             parts = {
                 "data/examples.jsonl": curation(task, recipe, seed, folder),
-                f"{MODEL}/config.json": training(task, seed, given.steps, folder),
+                f"{MODEL}/config.json": training(task, seed, steps, folder),
             }
             for file, command in parts.items():
                 if not (folder / file).is_file() and (code := _run(f"{task}, {recipe}, seed {seed}", command)):
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code := _run(f"{task}, benchmark", measuring(task, critics, out)):
         return code
     found = compared(task, given.seeds, out)
-    text = f"{task}, {given.steps} steps of {BATCH} examples\n\n{table(found)}\n"
+    text = f"{task}, {steps} steps of {BATCH} examples\n\n{table(found)}\n"
     (out / f"{task}.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / f"{task}.md").write_text(text)
     print(f"{text}\n{(time.perf_counter() - begun) / 60:.1f} minutes")

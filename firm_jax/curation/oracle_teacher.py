@@ -134,6 +134,7 @@ class OracleTeacher:
     # Pictures made from text
 
     def _alignment(self, question: str, text: str, reading: Reading) -> str:
+        """In the words of the miniature's critic: its tokenizer spells out those that it does not know."""
         prompt = self._asked(text)
         requirements = prompt.requirements
         if "ANALYSIS PLAN" in text:
@@ -152,13 +153,13 @@ class OracleTeacher:
             if chance.random() < self.eye.miss:
                 seen, holds = _opposite(chance, prompt, requirement, holds), not holds
             found = teach.evidence(requirement, seen)
-            lines.append(f"{number}. **{requirement.text}**\n- {found}: {'met' if holds else 'missed'}")
+            lines.append(f"{number}. {requirement.text}: {found} {'yes' if holds else 'no'}")
             verdicts.append(holds)
         score = oracle.share_to_score(float(np.mean(verdicts)))
-        counted = f"{teach.COUNTS[sum(verdicts)]} of {teach.COUNTS[len(verdicts)]} requirements hold"
+        counted = f"{teach.COUNTS[sum(verdicts)]} of {teach.COUNTS[len(verdicts)]} hold"
         return "\n".join(
             [
-                f"Checking the image against the instruction: {teach.describe(reading)}",
+                teach.describe(reading),
                 *lines,
                 f"**Final Analysis**: {counted}",
                 f"**Final Alignment Rating: {score}**",
