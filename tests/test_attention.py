@@ -68,6 +68,29 @@ def test_attention_by_hand(qkv, given):
     np.testing.assert_allclose(attention(*qkv, **given), by_hand(*qkv, **given), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"scale": 0.7}, {"segments": SEGMENTS, "causal": True, "offset": 2}, {"bias": normal(1, N, S, T, seed=3)}],
+    ids=lambda given: "+".join(given) or "plain",
+)
+def test_gradients_by_hand(qkv, given):
+    """Along random directions, against differences in float64."""
+    toward = normal(B, S, N, H, seed=4)
+    gradients = jax.grad(lambda q, k, v: (attention(q, k, v, **given) * toward).sum(), (0, 1, 2))(*qkv)
+    for which, gradient in enumerate(gradients):
+        direction = normal(*gradient.shape, seed=5 + which)
+        ends = []
+        for step in (1e-4, -1e-4):
+            moved = [x.astype(np.float64) + (step * direction if which == i else 0) for i, x in enumerate(qkv)]
+            ends.append((by_hand(*moved, **given) * toward).sum())
+        np.testing.assert_allclose((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-4, rtol=1e-3, atol=1e-3)
+
+
+def test_no_weights_are_kept_for_the_backward_pass(qkv):
+    _, pull = jax.vjp(attention, *qkv)
+    assert not [leaf for leaf in jax.tree.leaves(pull) if leaf.shape[-2:] == (S, T)]
+
+
 def test_a_query_that_sees_nothing_is_zero_and_gives_no_gradient(qkv):
     q, k, v = qkv
     out, pull = jax.vjp(lambda q: attention(q, k, v, segments=SEGMENTS), q)

@@ -196,6 +196,31 @@ def test_few_rows_go_to_where_the_weights_lie_and_many_stay(sizes, spec, rows):
     assert (gathered is not None) == (rows == 64)
 
 
+@pytest.mark.parametrize("rows", [8, 64])
+def test_bfloat16_is_summed_in_float32_in_both_directions(rows):
+    mesh = make_mesh(2, 2, 2)
+    x, kernel, toward = (
+        jnp.asarray(normal(*shape), jnp.bfloat16) for shape in ((rows, 2, 32), (32, 48), (rows, 2, 48))
+    )
+
+    def pulled(x, kernel, toward):
+        y, pull = jax.vjp(project, x, kernel)
+        return y, *pull(toward)
+
+    with jax.set_mesh(mesh):
+        given = shard_batch(x, mesh), place(kernel, mesh, "fsdp", "tensor"), place(toward, mesh, BATCH, None, "tensor")
+        lowered = jax.jit(pulled).lower(*given)
+        got = lowered.compile()(*given)
+    products = re.findall(r"stablehlo.dot_general .* : (.*)", lowered.as_text())
+    assert len(products) == 3 and all("bf16" in line and line.endswith("f32>") for line in products)
+    exact = jax.vjp(project, *(a.astype(jnp.float32) for a in (x, kernel)))
+    expected = exact[0], *exact[1](toward.astype(jnp.float32))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-7, atol=2**-7)  # partial sums are rounded too
+    assert got[2].sharding.spec == P("fsdp", "tensor")
+
+
 @pytest.mark.parametrize("sizes", MESHES)
 def test_the_tied_head_is_never_gathered_for_a_few_rows(sizes):
     mesh, table, hidden = make_mesh(*sizes), normal(64, 32), normal(8, 32)

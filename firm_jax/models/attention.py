@@ -5,26 +5,22 @@ under an Explicit mesh would silently lose its batch sharding. Masks are segment
 own segment, and segment 0 is padding that nobody sees.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from firm_jax.errors import ConfigError
-from firm_jax.models.layers import group_heads, join_heads
+from firm_jax.models.layers import group_heads, join_heads, platform
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _BLOCK = 128  # splash: lengths are padded to a multiple of this
 
 
 def default_implementation(x) -> str:
-    """`cudnn` on a CUDA GPU, `splash` on a TPU, `xla` elsewhere.
-
-    Of the platform of x's mesh, which a program may be compiled for without being there; outside a mesh, of JAX's
-    default one.
-    """
-    device = jax.typeof(x).sharding.mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla")
+    """`cudnn` on a CUDA GPU, `splash` on a TPU, `xla` elsewhere: on the platform of x (`layers.platform`)."""
+    return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform(x), "xla")
 
 
 def attention(
@@ -71,18 +67,68 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     # Heads first, and said so: left to itself, XLA on a CPU multiplies by keys and values in the wrong order of memory,
     # which takes up to twice as long.
     q, k, v = (jnp.moveaxis(x, 1, -2) for x in (group_heads(q, K), k, v))
-    scores = jnp.einsum("BKGSH,BKTH->BKGST", q, k, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], K, N // K, S, T).astype(jnp.float32)
     seen = visible(segments, positions if causal else None, T)
     if seen is not None:
         seen = seen[:, None, None]
-        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-    out = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(v.dtype), v)
+    if bias is None:
+        out = _remade(q, k, v, seen, scale)
+    else:
+        out, _ = _attend(q, k, v, seen, scale, bias.reshape(bias.shape[0], K, N // K, S, T))
     return join_heads(jnp.moveaxis(out, -2, 1))
+
+
+def _attend(q, k, v, seen, scale, bias=None):
+    """q [B, K, G, S, H], k and v [B, K, T, H], seen [1 or B, 1, 1, S, T] -> what is read, as q, and the logarithm of
+    each query's sum of exponentials, float32 [B, K, G, S, 1]."""
+    scores = _scores(q, k, seen, scale, bias)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    weights = _where_seen(seen, weights / total, 0.0)
+    return _mixed("BKGST,BKTH->BKGSH", weights.astype(v.dtype), v, v.dtype), largest + jnp.log(total)
+
+
+def _scores(q, k, seen, scale, bias=None):
+    scores = _mixed("BKGSH,BKTH->BKGST", q, k, jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    return _where_seen(seen, scores, jnp.finfo(jnp.float32).min)
+
+
+def _where_seen(seen, values, otherwise: float):
+    return values if seen is None else jnp.where(seen, values, otherwise)
+
+
+def _mixed(equation: str, a, b, dtype):
+    """A product whose sums are float32, in `dtype`."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _remade(q, k, v, seen, scale):
+    """`_attend` whose backward pass makes the weights again from the sums, as the kernels do: kept, those of all layers
+    would be most of what an update holds, and moving them costs more than another product."""
+    return _attend(q, k, v, seen, scale)[0]
+
+
+def _remade_forward(q, k, v, seen, scale):
+    out, log_total = _attend(q, k, v, seen, scale)
+    return out, (q, k, v, seen, out, log_total)
+
+
+def _remade_backward(scale, kept, d_out):
+    q, k, v, seen, out, log_total = kept
+    weights = _where_seen(seen, jnp.exp(_scores(q, k, seen, scale) - log_total), 0.0)
+    d_weights = _mixed("BKGSH,BKTH->BKGST", d_out, v, jnp.float32)
+    along = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    d_scores = (weights * (d_weights - along) * scale).astype(q.dtype)
+    d_q = _mixed("BKGST,BKTH->BKGSH", d_scores, k, q.dtype)
+    d_k = _mixed("BKGST,BKGSH->BKTH", d_scores, q, k.dtype)
+    d_v = _mixed("BKGST,BKGSH->BKTH", weights.astype(v.dtype), d_out, v.dtype)
+    return d_q, d_k, d_v, None
+
+
+_remade.defvjp(_remade_forward, _remade_backward)
 
 
 def visible(segments, positions, T: int):

@@ -5,6 +5,7 @@ Norms compute their statistics in float32 and return the input's dtype.
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -92,8 +93,45 @@ def _contract(equation: str, x, weights, contracted: int, dtype):
         for last in (_spec(x)[-1], _spec(weights)[contracted]):  # the partitioner finds no good way for both at once
             x = jax.sharding.reshard(x, P(*leading, last))
         beside = NamedSharding(jax.typeof(x).sharding.mesh, P(*leading, kept))
-    y = jnp.einsum(equation, x, weights, out_sharding=beside, preferred_element_type=dtype)
+    if dtype is None and x.dtype == weights.dtype == jnp.bfloat16 and platform(x) == "cpu":
+        y = _product_on_cpu(equation, beside, x, weights)
+    else:
+        y = jnp.einsum(equation, x, weights, out_sharding=beside, preferred_element_type=dtype)
     return y if beside is final else jax.sharding.reshard(y, final)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product_on_cpu(equation: str, sharding, x, weights):
+    """The einsum of bfloat16 operands, and its gradients, each with float32 sums that are rounded at the end.
+
+    That is what accelerators do by themselves. On a CPU it has to be asked for: a product that is bfloat16 from the
+    start is made of operands converted to float32, without the instructions that multiply bfloat16, and takes several
+    times as long.
+    """
+    return jnp.einsum(equation, x, weights, out_sharding=sharding, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _product_forward(equation, sharding, x, weights):
+    return _product_on_cpu(equation, sharding, x, weights), (x, weights)
+
+
+def _product_backward(equation, sharding, operands, cotangent):
+    x, weights = operands
+    rows = "abcde"[: x.ndim - 1]
+    x_names, weight_names, y_names = re.split(",|->", equation.replace("...", rows))
+    x_split, weights_split = (None if jax.typeof(a).sharding.mesh.empty else jax.typeof(a).sharding for a in operands)
+    d_x = _product_on_cpu(f"{y_names},{weight_names}->{x_names}", x_split, cotangent, weights)
+    d_weights = _product_on_cpu(f"{x_names},{y_names}->{weight_names}", weights_split, x, cotangent)
+    return d_x, d_weights
+
+
+_product_on_cpu.defvjp(_product_forward, _product_backward)
+
+
+def platform(x) -> str:
+    """The platform of x's mesh, which a program may be compiled for without being there; outside a mesh, JAX's own."""
+    device = jax.typeof(x).sharding.mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _rows_move(x, weights) -> bool:
