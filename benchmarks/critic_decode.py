@@ -24,11 +24,11 @@ from firm_jax.mesh import on_mesh, to_host
 
 
 class Ours:
-    """Our decoder in one dtype."""
+    """Our decoder in one dtype, on as many devices as divide a batch."""
 
-    def __init__(self, questions: Questions, dtype: str, options: Options):
-        self.questions, self.dtype, self.mesh = questions, dtype, options.mesh
-        self.decoder = questions.decoder(dtype, options.mesh)
+    def __init__(self, questions: Questions, dtype: str, mesh):
+        self.questions, self.dtype, self.mesh = questions, dtype, mesh
+        self.decoder = questions.decoder(dtype, mesh)
 
     def read(self, batch, tokens: int):
         with on_mesh(self.mesh):
@@ -141,7 +141,9 @@ class Theirs:
 def cases(options: Options, folder: Path, size: Critic | None = None) -> Iterator[Case]:
     size = size or CRITIC[options.size]
     questions = Questions(size, folder, max(size.batches))
-    ours, theirs = [Ours(questions, dtype, options) for dtype in options.dtypes], []
+    meshes = {count: options.mesh(count) for count in size.batches}
+    ours = {mesh: [Ours(questions, dtype, mesh) for dtype in options.dtypes] for mesh in {*meshes.values()}}
+    theirs = []
     skipped = modes(options)[1]
     if why := absent("transformers"):
         skipped = {"PyTorch": why}
@@ -161,7 +163,7 @@ def cases(options: Options, folder: Path, size: Critic | None = None) -> Iterato
             ("prefill", count, "questions", count * prefilling),
             ("decode", count * size.tokens, "tokens", count * decoding),
         ):
-            variants = [getattr(side, half)(count, size.tokens) for side in ours]
+            variants = [getattr(side, half)(count, size.tokens) for side in ours[meshes[count]]]
             variants += [
                 getattr(side, half)(mode, "torch.compile" if mode == "compile" else mode, count, size.tokens)
                 for side in theirs

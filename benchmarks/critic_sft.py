@@ -50,7 +50,7 @@ def conversations(size: Critic, questions: Questions) -> list:
 
 
 def ours(size: Critic, questions: Questions, dtype: str, options: Options) -> Variant:
-    mesh, merge = options.mesh, questions.config.vision.spatial_merge_size
+    mesh, merge = options.mesh(len(questions.sequences)), questions.config.vision.spatial_merge_size
     model = models.from_pretrained(questions.folder, dtype="float32", mesh=mesh)
     rules = (*model.weight_rules(model.config), *SAME_NAMES)
     graphdef, params = nnx.split(model)

@@ -33,7 +33,7 @@ class Work:
     """
 
     def __init__(self, size: Diffusion, folder: Path, options: Options):
-        self.size, self.folder, self.mesh = size, folder, options.mesh
+        self.size, self.folder, self.mesh = size, folder, options.mesh(size.images)
         self.configs, self.weights = size.pipeline(folder)
         self.key, self._rng = jax.random.key(0), np.random.default_rng(0)
         self.numbers = np.arange(size.images, dtype=np.uint32)

@@ -5,7 +5,9 @@ of work. What comes out is a table, and a JSON file with everything that is need
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -88,10 +90,9 @@ class Options:
     devices: int
     out: Path
 
-    @property
-    def mesh(self):
-        """Of the first `devices` devices, the batch split over them."""
-        return make_mesh(devices=jax.devices()[: self.devices])
+    def mesh(self, batch: int):
+        """Of as many of the first `devices` devices as divide the batch, which is split over them."""
+        return make_mesh(devices=jax.devices()[: math.gcd(self.devices, batch)])
 
 
 class OutputsDiffer(Exception):
@@ -243,11 +244,16 @@ def machine() -> dict:
     accelerators = [device.device_kind for device in jax.devices() if device.platform != "cpu"]
     return {
         "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),  # that this process may use
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "accelerators": accelerators,
         "load_before": round(os.getloadavg()[0], 2),  # above 0: others were computing too
     }
+
+
+def cores() -> int:
+    """Of the CPU, those that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _read(file: str) -> str:
@@ -318,6 +324,8 @@ def main(question: str, doc: str, cases: Callable[[Options, Path], Iterator[Case
     cases: from the options, and a folder for weights that is removed at the end.
     """
     say_nothing_of_absent_devices()
+    with contextlib.suppress(RuntimeError):  # once JAX has begun, its devices are what they are
+        jax.config.update("jax_num_cpu_devices", cores())  # as our configs for CPUs have it
     options = arguments(doc, given)
     settings = asdict(options) | {"out": None}
     words = without_path(sys.argv[1:] if given is None else list(given))

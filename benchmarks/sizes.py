@@ -126,7 +126,11 @@ _SMALL_EDIT = dict(_EDIT) | {
     },
     "vae": dict(_EDIT["vae"]) | {"base_dim": 32},
     "text_encoder": dict(_EDIT["text_encoder"])
-    | {"hidden_size": 512, "text_config": dict(_EDIT["text_encoder"]["text_config"]) | {"hidden_size": 512}},
+    | {
+        "text_config": dict(_EDIT["text_encoder"]["text_config"])
+        | {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4},
+        "vision_config": dict(_EDIT["text_encoder"]["vision_config"]) | {"out_hidden_size": 512},
+    },
 }
 
 QWEN_EDIT = {

@@ -42,7 +42,7 @@ class Prompts:
 
 
 def ours(prompts: Prompts, dtype: str, options: Options) -> Variant:
-    mesh = options.mesh
+    mesh = options.mesh(len(next(iter(prompts.ids.values()))))
     networks = {name: models.from_pretrained(prompts.folder / name, dtype=dtype, mesh=mesh) for name in ENCODERS}
     encoders = TextEncoders({}, networks, prompts.width, mesh)
 
