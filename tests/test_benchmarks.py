@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,8 @@ from benchmarks import (
 )
 from benchmarks.harness import OURS, PYTORCH, Case, Options, OutputsDiffer, Variant, distances, measure
 from benchmarks.sizes import CRITIC, QWEN_EDIT, SD3, SFT, parameters
+from firm_jax.generation.generator import pipeline_class
+from firm_jax.mesh import make_mesh
 from firm_jax.published import PIPELINES, QWEN3_VL
 
 
@@ -202,5 +205,8 @@ def test_the_sizes_are_what_they_say():
     """`small` has about 50 million parameters a network that is trained or asked; `full` is what is published."""
     for raw in (SD3["small"].model["transformer"], QWEN_EDIT["small"].model["transformer"], CRITIC["small"].model):
         assert 40e6 < parameters(raw) < 65e6
+    for family in (SD3, QWEN_EDIT):
+        model = family["small"].model
+        pipeline_class(model["model_index"]).from_configs(model, "float32", make_mesh(devices=jax.devices()[:1]))
     assert SD3["full"].model == PIPELINES["stabilityai/stable-diffusion-3.5-medium"]
     assert CRITIC["full"].model == QWEN3_VL["8B"]
