@@ -18,6 +18,7 @@ from benchmarks import (
     qwen_edit_update,
     sd3_rollout,
     sd3_update,
+    tables,
     text_encoding,
 )
 from benchmarks.harness import OURS, PYTORCH, Case, Options, OutputsDiffer, Variant, distances, measure
@@ -139,6 +140,17 @@ def test_a_result_says_how_it_was_made_and_names_nobody(tmp_path, capsys):
     assert second["skipped"] == {"PyTorch": "not installed: diffusers"} and second["speedup"] == {}
     printed = capsys.readouterr().out
     assert "skipped: PyTorch: not installed: diffusers" in printed and "times as fast" in printed
+    told = tables.page([found])
+    assert told.startswith("# Speed: results") and found["command"] in told and found["date"] in told
+    assert (
+        f"| {row['side']}, {row['how']}, float32 | {row['median']:.3g} (" in told
+        and f"| {row['per_second']:.3g} |" in told
+    )
+    assert f"**{first['speedup']['any']['ratio']:.2f}**" in told and "not run: PyTorch: not installed" in told
+
+
+def test_the_page_of_results_is_made_of_the_kept_ones():
+    assert tables.PAGE.read_text() == tables.page(tables.stored()), "run python -m benchmarks.tables"
 
 
 def test_what_is_not_installed_is_told(monkeypatch):

@@ -1,0 +1,83 @@
+"""Every result in `benchmarks/results` as one page of Markdown: what the documentation says about speed.
+
+    python -m benchmarks.tables
+
+writes `docs/speed-results.md` anew from the JSON files there. Numbers come to the page in no other way.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+
+from benchmarks.harness import OURS, PYTORCH, RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "speed-results.md"
+HEAD = """# Speed: results
+
+Medians of the rounds, and in brackets their quartiles. [How it is measured](speed.md). This page is made by
+`python -m benchmarks.tables` from the files in `benchmarks/results`, which hold every single time.
+"""
+
+
+def page(results: Iterable[dict]) -> str:
+    """Markdown of results as `harness.main` leaves them: a section each, in the order of question and date."""
+    ordered = sorted(results, key=lambda one: (one["question"], one["options"]["size"], one["date"]))
+    return "\n".join([HEAD, *map(section, ordered)])
+
+
+def section(result: dict) -> str:
+    """One result: where, when and how it was measured, and a table of each case."""
+    machine, versions = result["machine"], result["versions"]
+    device = ", ".join(machine["accelerators"]) or f"{machine['cores']} cores of {machine['cpu']}"
+    others = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions)
+    lines = [
+        f"## `{result['question']}`, {result['options']['size']}, {result['date']}",
+        "",
+        f"`{result['command']}` on {device}; {others}; commit {result['revision'][:12]}"
+        f"{', with changes' * result['revision'].endswith('-dirty')}; load before it {machine['load_before']}.",
+        "",
+    ]
+    return "\n".join([*lines, *(part for case in result["cases"] for part in table(case))])
+
+
+def table(case: dict) -> list[str]:
+    """The lines of one case: a row for each variant, then how ours compares, and what could not be run."""
+    unit = case["unit"]
+    lines = [
+        f"{case['name'].replace('|', ' ')}: {case['count']:g} {unit} a run",
+        "",
+        f"| | seconds | {unit}/s | TFLOP/s | seconds of CPU | first run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in case["rows"]:
+        rate = f"{row['flops_per_second'] / 1e12:.3g}" if "flops_per_second" in row else ""
+        cpu = sorted(row["cpu_seconds"])[len(row["cpu_seconds"]) // 2]
+        lines.append(
+            f"| {row['side']}, {row['how']}, {row['dtype']} | {row['median']:.3g} ({row['lower']:.3g} to "
+            f"{row['upper']:.3g}) | {row['per_second']:.3g} | {rate} | {cpu:.3g} | {row['first_seconds']:.3g} |"
+        )
+    lines.append("")
+    for dtype, found in case["speedup"].items():
+        lower, _, upper = found["by_round"]
+        lines.append(
+            f"- {'in any format' if dtype == 'any' else dtype}: ours ({found[OURS]}) is **{found['ratio']:.2f}** "
+            f"times as fast as the better PyTorch variant ({found[PYTORCH]}); rounds {lower:.2f} to {upper:.2f}"
+        )
+    lines += [f"- not run: {what}: {why}" for what, why in case["skipped"].items()]
+    return [*lines, ""]
+
+
+def stored() -> list[dict]:
+    """The results that are kept."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
+    PAGE.write_text(page(stored()))
+
+
+if __name__ == "__main__":
+    main()
