@@ -4,11 +4,13 @@
     python -m benchmarks.critic_data --task edit --out runs/critic_data
 
 For each seed the same records are judged twice by the miniature's teacher: in the paper's way (plan-then-score for
-generation, difference-first for editing) and in a single pass, by the critic's rubric alone. The miniature's
-describer, which sees and has learned no judgement, is fine-tuned on each of the two, in as many steps of as many
-examples, and all critics are measured on the benchmark that ships with the package, beside the best constant answer.
-How much the teacher errs in either way is an assumption, set out in `firm_jax/curation/oracle_teacher.py`; what of it a
-critic takes over is measured here.
+generation, difference-first for editing) and in a single pass, by the critic's rubric alone. One model is fine-tuned on
+each of the two, in as many steps of as many examples, and all critics are measured on the benchmark that ships with the
+package, beside the best constant answer. For editing it is the miniature's describer, which sees and has learned no
+judgement. For generation it is the miniature's critic, which the oracle has taught to judge: to find a verdict for each
+requirement takes longer to learn than a comparison can wait for, so this shows what a critic takes over from a teacher,
+and not what it gains. How much the teacher errs in either way is an assumption, set out in
+`firm_jax/curation/oracle_teacher.py`; what of it a critic takes over is measured here.
 
 Every part has a folder of its own below `--out`; the same command continues what was interrupted and repeats nothing
 that is finished. Written there: `TASK.md`, `TASK.json`, and the benchmark's own table in `bench_TASK`.
@@ -31,25 +33,26 @@ from firm_jax.embedded import embedded_path
 
 ROOT = Path(__file__).parents[1]
 SINGLE = "single_pass"
-BASE = "embedded:describer"
 BATCH = 16
 MODEL = Path("critic", "model")  # below the folder of a recipe and a seed
 
 
 @dataclass(frozen=True)
 class Task:
-    """The recipe that is compared with the single pass, the records that are judged, most examples of one score, and
-    the steps that a critic is trained for unless told."""
+    """The recipe that is compared with the single pass, the records that are judged, most examples of one score; the
+    model that is trained on them, at which rate, and for how many steps unless told."""
 
     recipe: str
     records: int
     per_score: int
+    base: str
+    learning_rate: float
     steps: int
 
 
 TASKS = {
-    "gen": Task("plan_then_score", 8_000, 1_200, 300),
-    "edit": Task("difference_first", 1_500, 250, 160),
+    "gen": Task("plan_then_score", 8_000, 1_200, "embedded:critic_gen", 3e-4, 160),
+    "edit": Task("difference_first", 1_500, 250, "embedded:describer", 1e-3, 160),
 }
 
 
@@ -76,7 +79,8 @@ def training(task: str, seed: int, steps: int, folder: Path) -> list[str]:
     """The command that fine-tunes the base on the data: as many steps, whatever there is of it."""
     return _main_py(
         f"configs/critic_sft.py:tiny_{task}", folder / "critic", f"--config.seed={seed}",
-        f"--config.critic.model={BASE}", f"--config.data.source={folder / 'data' / 'examples.jsonl'}",
+        f"--config.critic.model={TASKS[task].base}", f"--config.train.learning_rate={TASKS[task].learning_rate}",
+        f"--config.data.source={folder / 'data' / 'examples.jsonl'}",
         f"--config.data.held_out={folder / 'data' / 'held_out.jsonl'}", f"--config.train.batch_size={BATCH}",
         "--config.train.epochs=1", f"--config.train.steps_per_epoch={steps}", "--config.eval.answers=0",
     )  # fmt: skip
@@ -113,8 +117,8 @@ def compared(task: str, seeds: Sequence[int], out: Path) -> dict:
     return {
         "task": task,
         "seeds": list(seeds),
-        "best_constant": by_criterion(BASE, "best_constant_mae"),
-        "base": by_criterion(BASE, "mae"),
+        "best_constant": by_criterion(TASKS[task].base, "best_constant_mae"),
+        "base": by_criterion(TASKS[task].base, "mae"),
         "critics": {
             recipe: [by_criterion(str(folder / MODEL), "mae") for folder in those] for recipe, those in folders.items()
         },
@@ -158,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help=f"of training, {BATCH} examples each ({usual})")
     given = parser.parse_args(arguments)
     out, task, steps = given.out.resolve(), given.task, given.steps or TASKS[given.task].steps
-    begun, critics = time.perf_counter(), [BASE]
+    begun, critics = time.perf_counter(), [TASKS[task].base]
     for seed in given.seeds:
         for recipe in recipes(task):
             folder = folder_of(out, task, recipe, seed)
