@@ -24,12 +24,17 @@ RECORDS = 40  # so much that there is work for every life, however many requests
 
 
 def play(bills: Path):
-    """The wise teacher, which now and then is busy, answers HTML, or not in the form that was asked for."""
+    """The wise teacher, which now and then is busy or answers not in the form that was asked for.
+
+    It is busy at most once for a question: one that is busy for all of a question's tries has not answered it, in a
+    curation that nobody kills as in one that is killed, and the two tables would differ by that chance.
+    """
+    busy = set()
 
     def answer(number, text, pictures):
         name = f"{hash(text) & 0xFFFFFFFF:x}-{sum(int(one.sum()) for one in pictures)}"
-        chance = random.random()
-        if chance < 0.1:
+        if random.random() < 0.1 and name not in busy:
+            busy.add(name)
             return 429
         with open(bills, "a") as out:
             out.write(name + "\n")
