@@ -70,6 +70,18 @@ def test_attention_by_hand(qkv, given):
 
 @pytest.mark.parametrize(
     "given",
+    [{}, {"segments": SEGMENTS, "causal": True, "positions": np.array([[6, 0, 3, 3, 5], [1, 2, 3, 4, 5]])}],
+    ids=lambda given: "+".join(given) or "plain",
+)
+@pytest.mark.parametrize("ends", [[3], [1, 4]])
+def test_keys_in_parts_are_one_row_of_keys(qkv, given, ends):
+    q, k, v = qkv
+    parts = (np.split(x, ends, axis=1) for x in (k, v))
+    np.testing.assert_allclose(attention(q, *parts, **given), by_hand(*qkv, **given), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given",
     [{}, {"scale": 0.7}, {"segments": SEGMENTS, "causal": True, "offset": 2}, {"bias": normal(1, N, S, T, seed=3)}],
     ids=lambda given: "+".join(given) or "plain",
 )
@@ -224,3 +236,5 @@ def test_what_no_kernel_takes_goes_to_xla(qkv, monkeypatch, given):
     dtype = jnp.bfloat16 if given else jnp.float32
     arrays = [jnp.asarray(x, dtype) for x in qkv]
     assert attention(*arrays, implementation="cudnn", **given).shape == (B, S, N, H)
+    in_parts = (jnp.split(x.astype(jnp.bfloat16), [2], axis=1) for x in arrays[1:])
+    assert attention(arrays[0].astype(jnp.bfloat16), *in_parts, implementation="cudnn").shape == (B, S, N, H)

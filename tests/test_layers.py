@@ -44,6 +44,11 @@ def randomised(module: nnx.Module) -> nnx.Module:
     )
 
 
+def in_dtype(module: nnx.Module, dtype) -> nnx.Module:
+    graphdef, params = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+
+
 # Values
 
 
@@ -110,12 +115,13 @@ class Residual(nnx.Module):
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
-def test_a_scan_is_a_loop_over_its_layers(remat):
-    stacked = stack(lambda rngs: Residual(rngs=rngs), 3, nnx.Rngs(0))
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_scan_is_a_loop_over_its_layers(remat, dtype, tolerance):
+    stacked = in_dtype(stack(lambda rngs: Residual(rngs=rngs), 3, nnx.Rngs(0)), dtype)
     graphdef, params = nnx.split(stacked)
     kernel = np.asarray(stacked.linear.kernel[...])
     assert kernel.shape == (3, 4, 4) and np.abs(kernel[0] - kernel[1]).max() > 0.1
-    x, shifts = normal(2, 4), normal(3, 1, 4)
+    x, shifts = jnp.asarray(normal(2, 4), dtype), jnp.asarray(normal(3, 1, 4), dtype)
 
     def body(layer, carry, shift):
         carry = layer(carry, shift)
@@ -134,7 +140,28 @@ def test_a_scan_is_a_loop_over_its_layers(remat):
         return (carry**2).sum() + sum(sums), (carry, jnp.stack(sums))
 
     got, expected = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (scanned, looped))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert a.dtype == b.dtype == dtype
+        np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (a, b)), rtol=tolerance, atol=tolerance)
+
+
+def test_on_a_cpu_bfloat16_is_not_converted_to_be_sliced():
+    """Neither a stack whose layers are run, nor a table whose rows are taken; nor for their gradients' sake."""
+    stacked = in_dtype(stack(lambda rngs: Residual(rngs=rngs), 5, nnx.Rngs(0)), "bfloat16")
+    table = in_dtype(Embedding(11, 4, rngs=nnx.Rngs(0)), "bfloat16")
+    graphdef, params = nnx.split((table, stacked))
+    ids = jnp.array([[1, 7], [1, 1]])
+
+    def run(params):
+        table, stacked = nnx.merge(graphdef, params)
+        return scan_layers(stacked, lambda layer, x, _: (layer(x, 0), None), table(ids))[0].sum()
+
+    whole = re.compile(r"f32\[(5,4,4|11,4)\]")
+    assert not whole.search(jax.jit(run).lower(params).compile().as_text())
+    gradients = jax.jit(jax.grad(run))(params)
+    assert all(np.abs(leaf.astype(jnp.float32)).max() > 0 for leaf in jax.tree.leaves(gradients))
+    rows = np.abs(np.asarray(gradients[0]["embedding"][...], np.float32)).max(1)
+    assert set(np.flatnonzero(rows)) == {1, 7} and rows[1] > 1.5 * rows[7]  # taken three times
 
 
 # Sharding

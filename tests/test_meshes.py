@@ -170,11 +170,11 @@ def test_the_critic_s_cache_is_sharded_over_the_batch_and_the_heads(ran):
     assert ran.caches
     for cache in ran.caches:
         for name in ("k", "v"):
-            layers, batch, slots, heads, width = cache[name].shape
+            layers, batch, heads, slots, width = cache[name].shape
             assert layers == mesh_job.TEXT["num_hidden_layers"] and heads == mesh_job.TEXT["num_key_value_heads"]
-            assert full(cache[name].sharding.spec) == full((None, BATCH, None, cut))
+            assert full(cache[name].sharding.spec) == full((None, BATCH, cut))
             rows = batch // (sizes["data"] * sizes["fsdp"])
-            on_one = (layers, rows, slots, heads // (sizes["tensor"] if cut else 1), width)
+            on_one = (layers, rows, heads // (sizes["tensor"] if cut else 1), slots, width)
             assert {shard.data.shape for shard in cache[name].addressable_shards} == {on_one}
 
 

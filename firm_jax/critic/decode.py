@@ -82,9 +82,9 @@ def copy_prefixes(tables, rows, *, slots: int, room: int):
         segments = jnp.concatenate([last(table["kv_segments"], 1) for table in tables])[rows]
         cache = {}
         for name in ("k", "v"):
-            every = jnp.concatenate([last(table["cache"][name], 2) for table in tables], axis=1)
+            every = jnp.concatenate([last(table["cache"][name], 3) for table in tables], axis=1)
             copied = jnp.where(there[:, None, None, None], every[:, rows], 0)
-            cache[name] = _with_zeros(copied, 2, (0, room))
+            cache[name] = _with_zeros(copied, 3, (0, room))
         return {"cache": cache, "kv_segments": jnp.where(there[:, None], segments, 0)}
 
     return _on_each_device(copy, tables[0], tables, rows)
@@ -169,6 +169,8 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, like
     model = nnx.merge(graphdef, params)
     B, V = state["logits"].shape
     allowed = ~np.isin(np.arange(V), rules.banned)
+    cache, start = state["cache"], state["slot"]
+    before = jnp.where(jnp.arange(state["kv_segments"].shape[1]) < start, state["kv_segments"], 0)
 
     def unfinished(carry):
         step, state, *_ = carry
@@ -193,20 +195,20 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, like
         ended = state["ended"]
         for end in rules.ends:
             ended |= token == end
-        hidden, cache = model(
+        hidden, recent = model(
             model.language_model.embed_tokens(token[:, None]),
             jnp.broadcast_to(state["position"][None, :, None], (3, B, 1)),
             state["kv_segments"][:, -1:],
-            cache=state["cache"],
-            cache_index=state["slot"],
-            kv_segments=state["kv_segments"],
+            cache=cache,
+            cache_index=step,
+            kv_segments=before,
+            recent=state["recent"],
         )
         state = state | {
-            "cache": cache,
+            "recent": recent,
             "logits": _whole_rows(model.logits(hidden[:, 0])),
             "position": state["position"] + 1,
             "ended": ended,
-            "slot": state["slot"] + 1,
         }
         return step + 1, state, tokens, digits, *logs
 
@@ -219,8 +221,14 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, like
             zeros_beside(state["logits"], (B, steps, likely), dtype, BATCH_AXES, None, None)
             for dtype in (jnp.int32, jnp.float32)
         ]
-    _, *written = jax.lax.while_loop(unfinished, write, (jnp.int32(0), state, tokens, digits, *logs))
-    return tuple(written)
+    written = state | {"recent": model.init_cache(B, steps, model.language_model.embed_tokens.embedding.dtype)}
+    del written["cache"]  # only read, since it is large: what is written comes to it at the end
+    step, state, *results = jax.lax.while_loop(unfinished, write, (jnp.int32(0), written, tokens, digits, *logs))
+    recent = state.pop("recent")
+    cache = {
+        name: jax.lax.dynamic_update_slice(whole, recent[name], (0, 0, 0, start, 0)) for name, whole in cache.items()
+    }
+    return state | {"cache": cache, "slot": start + step}, *results
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from firm_jax.errors import ConfigError
@@ -38,13 +39,14 @@ def attention(
 ):
     """Softmax attention, softmax in float32.
 
-    q [B, S, N, H]; k, v [B, T, K, H] with N a multiple of K (grouped heads). `segments`: None, or a pair of int
+    q [B, S, N, H]; k, v [B, T, K, H] with N a multiple of K (grouped heads), or each a list of parts, which stand
+    behind one another and are multiplied where they lie. `segments`: None, or a pair of int
     arrays ([B, S], [B, T]); 0 marks padding. `causal`: a query sees keys whose index is not above its own, which is
     `offset` for the first query (reading on behind a cache); `positions` [B, S] gives the queries' indices when they
     are not in a row, or not known to the program (decoding). `bias` [1 or B, N, S, T] is added to the scores. `scale`
     defaults to H ** -0.5. Returns [B, S, N, H].
 
-    A query that sees no key at all returns zeros under every implementation. `bias`, `positions` and float32
+    A query that sees no key at all returns zeros under every implementation. `bias`, `positions`, parts and float32
     inputs are served by `xla` whatever is asked for: no kernel takes them; cuDNN neither a head width H that is no
     multiple of 8.
     """
@@ -54,7 +56,8 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "cudnn" and q.shape[-1] % 8:
         implementation = "xla"
-    if implementation == "xla" or bias is not None or positions is not None or q.dtype == jnp.float32:
+    parts = isinstance(k, list)
+    if implementation == "xla" or bias is not None or positions is not None or parts or q.dtype == jnp.float32:
         positions = _places(q, offset) if positions is None else positions
         return _xla(q, k, v, segments, causal, positions, bias, scale)
     kernel = {"cudnn": _cudnn, "splash": _splash}[implementation]
@@ -62,34 +65,41 @@ def attention(
 
 
 def _xla(q, k, v, segments, causal, positions, bias, scale):
+    k, v = (x if isinstance(x, list) else [x] for x in (k, v))
     S, N = q.shape[1:3]
-    T, K = k.shape[1:3]
+    K, T = k[0].shape[2], sum(part.shape[1] for part in k)
     # Heads first, and said so: left to itself, XLA on a CPU multiplies by keys and values in the wrong order of memory,
     # which takes up to twice as long.
-    q, k, v = (jnp.moveaxis(x, 1, -2) for x in (group_heads(q, K), k, v))
+    q, k, v = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), (group_heads(q, K), k, v))
     seen = visible(segments, positions if causal else None, T)
     if seen is not None:
         seen = seen[:, None, None]
-    if bias is None:
-        out = _remade(q, k, v, seen, scale)
+    if bias is None and len(k) == 1:
+        out = _remade(q, *k, *v, seen, scale)
     else:
-        out, _ = _attend(q, k, v, seen, scale, bias.reshape(bias.shape[0], K, N // K, S, T))
+        bias = bias if bias is None else bias.reshape(bias.shape[0], K, N // K, S, T)
+        out, _ = _attend(q, k, v, seen, scale, bias)
     return join_heads(jnp.moveaxis(out, -2, 1))
 
 
 def _attend(q, k, v, seen, scale, bias=None):
-    """q [B, K, G, S, H], k and v [B, K, T, H], seen [1 or B, 1, 1, S, T] -> what is read, as q, and the logarithm of
-    each query's sum of exponentials, float32 [B, K, G, S, 1]."""
+    """q [B, K, G, S, H], parts of k and v [B, K, T, H], seen [1 or B, 1, 1, S, T] -> what is read, as q, and the
+    logarithm of each query's sum of exponentials, float32 [B, K, G, S, 1]."""
     scores = _scores(q, k, seen, scale, bias)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
-    weights = _where_seen(seen, weights / total, 0.0)
-    return _mixed("BKGST,BKTH->BKGSH", weights.astype(v.dtype), v, v.dtype), largest + jnp.log(total)
+    weights = _where_seen(seen, weights / total, 0.0).astype(q.dtype)
+    ends = np.cumsum([part.shape[2] for part in v])
+    read = [
+        _mixed("BKGST,BKTH->BKGSH", own, part, jnp.float32)
+        for own, part in zip(jnp.split(weights, ends[:-1], axis=-1), v, strict=True)
+    ]
+    return sum(read).astype(q.dtype), largest + jnp.log(total)
 
 
 def _scores(q, k, seen, scale, bias=None):
-    scores = _mixed("BKGSH,BKTH->BKGST", q, k, jnp.float32) * scale
+    scores = jnp.concatenate([_mixed("BKGSH,BKTH->BKGST", q, part, jnp.float32) for part in k], axis=-1) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     return _where_seen(seen, scores, jnp.finfo(jnp.float32).min)
@@ -108,17 +118,17 @@ def _mixed(equation: str, a, b, dtype):
 def _remade(q, k, v, seen, scale):
     """`_attend` whose backward pass makes the weights again from the sums, as the kernels do: kept, those of all layers
     would be most of what an update holds, and moving them costs more than another product."""
-    return _attend(q, k, v, seen, scale)[0]
+    return _attend(q, [k], [v], seen, scale)[0]
 
 
 def _remade_forward(q, k, v, seen, scale):
-    out, log_total = _attend(q, k, v, seen, scale)
+    out, log_total = _attend(q, [k], [v], seen, scale)
     return out, (q, k, v, seen, out, log_total)
 
 
 def _remade_backward(scale, kept, d_out):
     q, k, v, seen, out, log_total = kept
-    weights = _where_seen(seen, jnp.exp(_scores(q, k, seen, scale) - log_total), 0.0)
+    weights = _where_seen(seen, jnp.exp(_scores(q, [k], seen, scale) - log_total), 0.0)
     d_weights = _mixed("BKGSH,BKTH->BKGST", d_out, v, jnp.float32)
     along = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_scores = (weights * (d_weights - along) * scale).astype(q.dtype)

@@ -242,7 +242,8 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (rows, features), jnp.float32))
 
     def __call__(self, ids):
-        return take_rows(self.embedding[...], ids)
+        table = self.embedding[...]
+        return _made_of(take_rows(as_bits(table), ids), take_rows(table, ids))
 
     def attend(self, x, dtype=None):
         """Logits [..., V] of x [..., D] against every row: the tied output head; `dtype` as in `project`."""
@@ -343,11 +344,37 @@ def scan_layers(stacked: nnx.Module, body: Callable, carry, inputs=None, *, rema
     Returns the last carry and the outputs stacked [L, ...].
     """
     graphdef, params = nnx.split(stacked)
+    bits = jax.tree.map(as_bits, params)
 
     def step(carry, scanned):
-        layer_params, layer_input = scanned
-        return body(nnx.merge(graphdef, layer_params), carry, layer_input)
+        *layer_params, layer_input = scanned
+        return body(nnx.merge(graphdef, jax.tree.map(_made_of, *layer_params)), carry, layer_input)
 
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(step, carry, (params, inputs))
+    return jax.lax.scan(step, carry, (bits, params, inputs))
+
+
+def as_bits(x):
+    """bfloat16 on a CPU as the uint16 of the same bits, which `of_bits` undoes; anything else as it is.
+
+    To slice from a bfloat16 array, or to write into it, XLA converts all of it to float32 on a CPU; integers it moves.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 and platform(x) == "cpu" else x
+
+
+def of_bits(x):
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _made_of(bits, same):
+    """What `bits` are of, which is `same`: these give the value, and that, never computed, takes the gradient."""
+    return same if bits.dtype == same.dtype else _from_bits(bits, same)
+
+
+@jax.custom_vjp
+def _from_bits(bits, same):
+    return of_bits(bits)
+
+
+_from_bits.defvjp(lambda bits, same: (of_bits(bits), None), lambda _, cotangent: (None, cotangent))

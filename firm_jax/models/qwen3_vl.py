@@ -17,7 +17,7 @@ from firm_jax.interop.mapping import Rule
 from firm_jax.mesh import BATCH_AXES
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Linear, project, scan_layers, zeros_beside
+from firm_jax.models.layers import Linear, as_bits, of_bits, project, scan_layers, zeros_beside
 from firm_jax.models.lora import child
 from firm_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig
 from firm_jax.models.qwen_text import SHARDING_RULES, TextModel, image_rows, rotary_tables
@@ -217,6 +217,7 @@ class Qwen3VL(nnx.Module):
         cache=None,
         cache_index=None,
         kv_segments=None,
+        recent=None,
         lora: dict | None = None,
         remat: str = "none",
     ):
@@ -226,54 +227,62 @@ class Qwen3VL(nnx.Module):
         sees the tokens of its own segment up to itself, by slot. deepstack [K, B, T, D] is added after the first K
         layers.
 
-        cache {"k", "v": [L, B, S, K, H]} (see `init_cache`): new keys are written at slots cache_index ..
+        cache {"k", "v": [L, B, K, S, H]} (see `init_cache`): new keys are written at slots cache_index ..
         cache_index + T, and the tokens see the slots whose kv_segments [B, S] equals their segment. cache_index is
         one scalar for the batch; a Python int tells the program how many slots there are to see, which lets the fast
-        attention kernels serve a prefill. lora: a tree of adapters over the model's own paths, scale folded in
-        (models/lora.py). `remat`: see `layers.scan_layers`.
+        attention kernels serve a prefill. recent: a second cache, of a few slots behind those of the first. New keys
+        are written there, at its own cache_index, and it is what is returned; the first is only read, all of it that
+        kv_segments shows. Who writes token after token moves little then. Tokens of such a call are of one segment.
+
+        lora: a tree of adapters over the model's own paths, scale folded in (models/lora.py). `remat`: see
+        `layers.scan_layers`.
         """
         cos, sin = rotary_tables(positions, self.config.text, embeddings.dtype)
         B, T = segments.shape
+        written = cache if recent is None else recent
 
-        def attend(q, k, v, cache, layer):
-            if cache is None:
+        def attend(q, k, v, written, layer):
+            if written is None:
                 return attention(q, k, v, segments=(segments, segments), causal=True), None
-            at = (layer, 0, cache_index, 0, 0)
-            cache = {
-                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
+            at = (layer, 0, 0, cache_index, 0)
+            written = {
+                name: jax.lax.dynamic_update_slice(written[name], as_bits(new).swapaxes(1, 2)[None], at)
                 for name, new in (("k", k), ("v", v))
             }
-            end = cache_index + T
-            if not isinstance(cache_index, int):
-                slots = jnp.broadcast_to(cache_index + jnp.arange(T), (B, T))
-                k, v = in_slots(cache, layer, kv_segments.shape[1])
-                return attention(q, k, v, segments=(segments, kv_segments), causal=True, positions=slots), cache
-            if cache_index > 0:
-                k, v = in_slots(cache, layer, end)
-            return attention(q, k, v, segments=(segments, kv_segments[:, :end]), causal=True, offset=cache_index), cache
+            if recent is None and isinstance(cache_index, int):
+                end = cache_index + T
+                if cache_index > 0:
+                    k, v = (of_layer(written[name], layer)[:, :end] for name in ("k", "v"))
+                seen = (segments, kv_segments[:, :end])
+                return attention(q, k, v, segments=seen, causal=True, offset=cache_index), written
+            first, seen, places = 0, kv_segments, (written,)
+            if recent is not None:
+                first, own = kv_segments.shape[1], jnp.broadcast_to(segments[:, :1], (B, recent["k"].shape[3]))
+                seen, places = jnp.concatenate([kv_segments, own], axis=1), (cache, written)
+            k, v = ([of_layer(place[name], layer) for place in places] for name in ("k", "v"))
+            slots = jnp.broadcast_to(first + cache_index + jnp.arange(T), (B, T))
+            return attention(q, k, v, segments=(segments, seen), causal=True, positions=slots), written
 
-        def in_slots(cache, layer, end):
-            """The layer's keys and values up to slot `end`."""
-            for name in ("k", "v"):
-                own = jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
-                yield own[:, :end].astype(embeddings.dtype)
+        def of_layer(stack, layer):
+            """A layer's keys or values, [B, slots, K, H]."""
+            return of_bits(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)).swapaxes(1, 2)
 
         def body(block, carry, scanned):
-            x, cache = carry
+            x, written = carry
             layer, block_lora = scanned
-            x, cache = block(x, cos, sin, lambda q, k, v: attend(q, k, v, cache, layer), block_lora)
+            x, written = block(x, cos, sin, lambda q, k, v: attend(q, k, v, written, layer), block_lora)
             if deepstack is not None:
                 # every layer reads one level, so that one block is compiled and the weights stay in one piece
                 level = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)  # past the last: the last
                 x = x + jnp.where(layer < len(deepstack), level, 0).astype(x.dtype)
-            return (x, cache), None
+            return (x, written), None
 
         layers = jnp.arange(self.config.text.num_hidden_layers)
         with jax.named_scope("language_model"):
-            carry = (embeddings, cache)
+            carry = (embeddings, written)
             scanned = (layers, child(lora, "language_model", "layers"))
-            (x, cache), _ = scan_layers(self.language_model.layers, body, carry, scanned, remat=remat)
-            return self.language_model.norm(x), cache
+            (x, written), _ = scan_layers(self.language_model.layers, body, carry, scanned, remat=remat)
+            return self.language_model.norm(x), written
 
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
@@ -282,8 +291,11 @@ class Qwen3VL(nnx.Module):
         return project(hidden, self.lm_head.kernel[...], jnp.float32)
 
     def init_cache(self, batch: int, length: int, dtype) -> dict[str, jax.Array]:
-        """An empty cache of `length` slots for `batch` sequences."""
+        """An empty cache of `length` slots for `batch` sequences; in bits, where `layers.as_bits` has them."""
         text = self.config.text
-        shape = (text.num_hidden_layers, batch, length, text.num_key_value_heads, text.head_dim)
+        shape = (text.num_hidden_layers, batch, text.num_key_value_heads, length, text.head_dim)
         beside = self.language_model.embed_tokens.embedding[...]
-        return {name: zeros_beside(beside, shape, dtype, None, BATCH_AXES, None, "tensor", None) for name in ("k", "v")}
+        return {
+            name: as_bits(zeros_beside(beside, shape, dtype, None, BATCH_AXES, "tensor", None, None))
+            for name in ("k", "v")
+        }
