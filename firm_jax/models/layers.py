@@ -337,10 +337,11 @@ REMAT_POLICIES = {
 }
 
 
-def scan_layers(stacked: nnx.Module, body: Callable, carry, inputs=None, *, remat: str = "none"):
+def scan_layers(stacked: nnx.Module, body: Callable, carry, inputs=None, *, remat: str = "none", unroll: bool = False):
     """Run `carry, output = body(layer, carry, input)` over a stack of layers; `inputs` have a leading L too.
 
     `remat` names one of REMAT_POLICIES: what the backward pass keeps of each layer instead of computing it again.
+    unroll: whether the program has every layer on its own, which takes longer to compile.
     Returns the last carry and the outputs stacked [L, ...].
     """
     graphdef, params = nnx.split(stacked)
@@ -352,7 +353,7 @@ def scan_layers(stacked: nnx.Module, body: Callable, carry, inputs=None, *, rema
 
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(step, carry, (bits, params, inputs))
+    return jax.lax.scan(step, carry, (bits, params, inputs), unroll=unroll)
 
 
 def as_bits(x):

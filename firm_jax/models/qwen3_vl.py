@@ -281,7 +281,11 @@ class Qwen3VL(nnx.Module):
         with jax.named_scope("language_model"):
             carry = (embeddings, written)
             scanned = (layers, child(lora, "language_model", "layers"))
-            (x, written), _ = scan_layers(self.language_model.layers, body, carry, scanned, remat=remat)
+            # Token after token, what a layer's slices are copied for is not much more than the copies: with the layers
+            # on their own, XLA makes them once. (In float32, on a CPU, reading them from afar again costs more.)
+            unroll = recent is not None and recent["k"].dtype == jnp.uint16
+            blocks = self.language_model.layers
+            (x, written), _ = scan_layers(blocks, body, carry, scanned, remat=remat, unroll=unroll)
             return self.language_model.norm(x), written
 
     def logits(self, hidden):
