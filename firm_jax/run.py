@@ -20,7 +20,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +36,7 @@ from tqdm import tqdm
 
 from firm_jax import gallery, storage
 from firm_jax.checkpoint import Checkpointer
-from firm_jax.errors import CheckpointError, ConfigError, WorkdirError
+from firm_jax.errors import CheckpointError, ConfigError, FirmError, WorkdirError
 from firm_jax.metrics import JsonLines, MetricWriter, headline
 from firm_jax.processes import ProcessWatch
 from firm_jax.profiling import PhaseTimers, ProfileWindow
@@ -108,6 +110,7 @@ class Run:
         self._lengths_before: dict[str, int] | None = None
         self._ended: float = 0  # the epoch that ended last
         self._timers = PhaseTimers()
+        self._beside: deque[Future] = deque()
 
     def __enter__(self) -> "Run":
         try:
@@ -138,6 +141,7 @@ class Run:
                 stack.callback(self._judgements.close)
                 self.images_folder.mkdir(exist_ok=True)
                 self._write_config()
+            self._thread = stack.enter_context(ThreadPoolExecutor(1, "beside"))
             profile = self.config.profile
             self._profile = ProfileWindow(profile.start, profile.steps, self.workdir / "profile")
             stack.callback(self._profile.close)
@@ -151,14 +155,15 @@ class Run:
             if self._watch is not None and isinstance(error, jax.errors.JaxRuntimeError):
                 return  # a save under way may wait for a process that is gone
             try:
+                self._wait_for_work_beside()
                 self._checkpointer.wait()
                 if self.is_main:
                     with storage.limited(f"writing the report in {self.workdir}"):
                         write_report(self.workdir)
-            except (CheckpointError, OSError) as ending_error:
+            except (FirmError, OSError) as ending_error:
                 if error is not None:  # the first failure is the one to show
                     logging.error("%s", ending_error)
-                elif isinstance(ending_error, CheckpointError):
+                elif isinstance(ending_error, FirmError):
                     raise
                 else:
                     raise WorkdirError(f"cannot write the report in {self.workdir}: {ending_error}") from ending_error
@@ -209,6 +214,7 @@ class Run:
         Raises:
             CheckpointError: This save cannot start or the previous one failed; earlier checkpoints are intact.
         """
+        self._wait_for_work_beside()
         meta = {
             "step": int(step),
             "epoch": epoch if isinstance(epoch, float) else int(epoch),
@@ -291,6 +297,7 @@ class Run:
         Returns:
             The metrics as plain Python numbers, None for what is unknown or not finite.
         """
+        self._wait_for_work_beside()
         times = self._timers.report()
         with storage.limited(f"writing in {self.workdir}"):
             damaged = {"checkpoint/damaged": len(self._checkpointer.damaged())} if self.is_main else {}
@@ -349,7 +356,19 @@ class Run:
                 for record in records:
                     self._judgements.append(record)
 
+    def beside(self, work: Callable, *given: Any) -> None:
+        """Have `work(*given)` done by a thread while the devices go on: work of the host, such as writing pictures.
+
+        One after the other in the order given, and done before the next `log` or `save`, so that files, and what a
+        checkpoint covers of them, are as if it had been done here. What it raises is raised there.
+        """
+        self._beside.append(self._thread.submit(work, *given))
+
     # Inside
+
+    def _wait_for_work_beside(self) -> None:
+        while self._beside:
+            self._beside.popleft().result()
 
     def _lock_folder(self, stack: contextlib.ExitStack) -> int:
         """Take the folder for this run's processes; returns a number that this start of it has for all of them."""
@@ -393,6 +412,7 @@ class Run:
 
     def _lengths(self) -> dict[str, int]:
         """How far the run's files are written, in bytes."""
+        self._wait_for_work_beside()
         return {"metrics": self._metrics.length, "judgements": self._judgements.length} if self.is_main else {}
 
     def _rewind(self, lengths: dict[str, int], step: int, epoch: int) -> None:

@@ -246,6 +246,48 @@ def test_a_profile_names_iterations_and_phases(tmp_path):
     assert b"iteration" in content and b"update" in content
 
 
+def test_work_beside_is_done_in_order_before_a_line_of_metrics_and_before_a_save(tmp_path):
+    go_on = threading.Event()
+
+    def slow(run, name):
+        go_on.wait(10)
+        time.sleep(0.05)
+        run.judgements([{"name": name}])
+
+    def names():
+        return [one["name"] for one in records(tmp_path, "judgements.jsonl")]
+
+    with Run(harness_job.get_config(), tmp_path) as run:
+        run.beside(slow, run, "a")
+        run.beside(slow, run, "b")
+        assert names() == []  # the loop goes on meanwhile
+        go_on.set()
+        run.log(1, 1, {})
+        assert names() == ["a", "b"]
+        run.beside(slow, run, "c")
+        run.save({"x": jax.numpy.zeros(2)}, step=1, epoch=1)
+        assert names() == ["a", "b", "c"]
+        run.beside(slow, run, "d")
+    assert names() == ["a", "b", "c", "d"]
+    meta = json.loads((tmp_path / "checkpoints" / "1" / "meta.json").read_text())
+    covered = (tmp_path / "judgements.jsonl").read_bytes()[: meta["lengths"]["judgements"]]
+    assert covered.count(b"\n") == 3 and covered.endswith(b"}\n")
+
+
+def test_an_error_of_work_beside_is_raised_by_the_next_line_of_metrics_or_at_the_end(tmp_path):
+    def fail():
+        raise WorkdirError("no space left")
+
+    with pytest.raises(WorkdirError, match="no space left"), Run(harness_job.get_config(), tmp_path) as run:
+        run.beside(fail)
+        run.log(1, 1, {})
+    with pytest.raises(WorkdirError, match="no space left"), Run(harness_job.get_config(), tmp_path) as run:
+        run.beside(fail)
+    with pytest.raises(ValueError, match="the first"), Run(harness_job.get_config(), tmp_path) as run:
+        run.beside(fail)
+        raise ValueError("the first")
+
+
 def test_progress_without_a_terminal_is_quiet_about_short_phases(tmp_path, capsys):
     with Run(harness_job.get_config(), tmp_path) as run:
         assert list(run.progress(range(3), "short")) == [0, 1, 2]

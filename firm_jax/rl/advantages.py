@@ -6,6 +6,7 @@ integers. A sample whose judgement is missing is invalid: it enters no statistic
 One number a sample: these arrays are small, come from the host, and are not to be sharded (groups are sorted).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class GroupStatistics(NamedTuple):
     std: Float[Array, "M"]  # population; exactly 0 when all rewards are equal
 
 
+@jax.jit  # one program instead of dozens: the devices would wait for each
 def group_statistics(rewards: Float[Array, "M"], groups: Int[Array, "M"], valid: Bool[Array, "M"]) -> GroupStatistics:
     """Count, mean and population standard deviation of the valid rewards of each group."""
     rewards, samples = _clean(rewards, valid), rewards.shape[0]
@@ -74,7 +76,12 @@ def advantages(
     """
     rewards = jnp.asarray(rewards)
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
-    statistics = group_statistics(rewards, jnp.asarray(groups), valid)
+    return _advantages(rewards, jnp.asarray(groups), valid, global_std=global_std)
+
+
+@partial(jax.jit, static_argnames="global_std")
+def _advantages(rewards, groups, valid, *, global_std: bool):
+    statistics = group_statistics(rewards, groups, valid)
     rewards = _clean(rewards, valid)
     group_std = statistics.std[statistics.slot]
     std = _masked_std(rewards, valid) if global_std else group_std

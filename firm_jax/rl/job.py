@@ -208,14 +208,20 @@ class Job:
             {name: values for name, (values, _) in found.items()}, {name: exist for name, (_, exist) in found.items()}
         )
         rewards, valid = np.asarray(rewards), np.asarray(valid)
-        problem, files = too_many_failures(judged, self.config.critic), {}
-        if problem or is_due(group.epoch + 1, 1, self.config.train.epochs):
-            about = self.drawn_for, self.sources, images, judged, rewards, self._evaluate.truth(group, images)
-            files = keep(self.run, "train", group.epoch + 1, *about, kind)
-        write_judgements(self.run, group.epoch, self.drawn_for, judged, rewards, files)
+        problem = too_many_failures(judged, self.config.critic)
+        keeps = bool(problem) or is_due(group.epoch + 1, 1, self.config.train.epochs)
+        self.run.beside(self._record, group, self.drawn_for, self.sources, images, judged, rewards, keeps)
         if problem:
             self._stop(group, CriticError, problem)
         return rewards, valid
+
+    def _record(self, group: EpochGroups, prompts, sources, images, judged: dict[str, list], rewards, keeps: bool):
+        """The epoch's judgements and, if it keeps any, its pictures go to the run's folder."""
+        files = {}
+        if keeps:
+            about = prompts, sources, images, judged, rewards, self._evaluate.truth(group, images)
+            files = keep(self.run, "train", group.epoch + 1, *about, self.config.critic.score)
+        write_judgements(self.run, group.epoch, prompts, judged, rewards, files)
 
     def update(self, state: dict, group: EpochGroups, latents, r, valid) -> tuple[dict, dict[str, float | None]]:
         """The epoch's optimizer steps: the new state and the mean of the loss's terms."""
