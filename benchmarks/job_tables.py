@@ -22,7 +22,7 @@ Made by `python -m benchmarks.job_tables` from the files in `benchmarks/results`
 
 def page(results: Sequence[dict]) -> str:
     """Markdown of results as `store` leaves them: a section each."""
-    return "\n".join([HEAD, *map(section, results)])
+    return "\n".join([HEAD, *(map(section, results) if results else ["Nothing has been measured yet.\n"])])
 
 
 def section(result: dict) -> str:

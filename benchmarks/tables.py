@@ -1,4 +1,4 @@
-"""Every result in `benchmarks/results` as one page of Markdown: what the documentation says about speed.
+"""Every comparison in `benchmarks/results` as one page of Markdown: what the documentation says about speed.
 
     python -m benchmarks.tables
 
@@ -68,8 +68,9 @@ def table(case: dict) -> list[str]:
 
 
 def stored() -> list[dict]:
-    """The results that are kept."""
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    """The results that are kept, of those that have cases."""
+    every = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    return [result for result in every if "cases" in result]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
