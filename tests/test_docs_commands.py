@@ -239,6 +239,9 @@ JOBS = {
 
 def smaller(arguments: list[str]) -> list[str]:
     """The arguments of `python` with the values that make a training or a plan small, after the page's own."""
+    if arguments[:2] in (["-m", "benchmarks.idle"], ["-m", "benchmarks.start"]):  # they pass on what is the job's
+        own = RL.keys() - {"train.epochs", "profile.start"}
+        return [*arguments, *(f"--config.{key}={RL[key]}" for key in sorted(own))]
     if arguments[0] != "main.py":
         return arguments
     source = next(after for word, after in itertools.pairwise(arguments) if word == "--config")
