@@ -1,5 +1,6 @@
 """The critic on its own: batching, dropping of ended rows, sharding, judgements."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -89,6 +90,32 @@ def test_ended_rows_are_dropped_and_change_nothing(generations, critic, monkeypa
     assert sizes[0] == 8 and sizes[-1] < 8
 
 
+def test_rows_that_are_enough_are_dropped_and_change_nothing(generations, critic, monkeypatch):
+    """Each of five rows is ended after as many tokens as its caller wants, and the rest goes on as before."""
+    wanted = [3, 99, 17, 18, 5]
+    sizes, real = [], decode.decode_chunk
+
+    def counted(graphdef, params, state, **options):
+        sizes.append(len(state["ended"]))
+        return real(graphdef, params, state, **options)
+
+    def enough(number, tokens):
+        np.testing.assert_array_equal(tokens, generations[number].tokens[: len(tokens)])
+        return wanted[number] if len(tokens) >= wanted[number] else None
+
+    monkeypatch.setattr(decode, "decode_chunk", counted)
+    sequences = [critic.processor.sequence(request["images"], request["text"]) for request in REQUESTS]
+    found = critic.decoder.generate(sequences, NEW_TOKENS, enough=enough)
+    for one, before, count in zip(found, generations, wanted, strict=True):
+        assert one.finish_reason == ("enough" if len(before.tokens) > count else before.finish_reason)
+        np.testing.assert_array_equal(one.tokens, before.tokens[:count])
+        np.testing.assert_allclose(one.digit_logits, before.digit_logits[:count], atol=1e-4)
+    going = sum(
+        min(count, len(before.tokens)) > decode.CHUNK for count, before in zip(wanted, generations, strict=True)
+    )
+    assert 0 < going < 4 and sizes == [8, decode.power_of_two(going)]
+
+
 def test_equal_images_are_encoded_once(critic, monkeypatch):
     encoded, real = [], decode.encode_images
 
@@ -136,6 +163,22 @@ def test_what_is_shared_changes_no_answer(folder, edits_alone, monkeypatch, leve
     monkeypatch.setattr(decode, "plan_batches", partial(plan_batches, choices=(levels,)))
     critic = Critic.from_pretrained(folder, dtype="float32", max_batch=max_batch)
     assert_same(generate(critic, edits(), max_new_tokens=16), edits_alone)
+
+
+def test_pictures_that_are_encoded_each_time_change_no_answer(critic, edits_alone):
+    """Every picture under a name of its own, so that nothing at all is shared."""
+    numbers = iter(range(99))
+    sequences = [critic.processor.sequence(request["images"], request["text"]) for request in edits()]
+    sequences = [
+        replace(one, images=tuple(replace(image, digest=f"{next(numbers)}") for image in one.images))
+        for one in sequences
+    ]
+    assert_same(critic.decoder.generate(sequences, 16), edits_alone)
+
+
+def test_a_question_alone_is_answered_as_among_others(critic, edits_alone):
+    for number in (0, 7, -2):
+        assert_same(generate(critic, [edits()[number]], max_new_tokens=16), [edits_alone[number]])
 
 
 @pytest.mark.slow

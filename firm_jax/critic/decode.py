@@ -6,6 +6,7 @@ the left; all rows write the same cache slot. Between chunks, rows that have end
 stop costing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,18 +27,22 @@ from firm_jax.models.layers import zeros_beside
 CHUNK = 16  # decoding steps between two looks at which rows have ended
 NOTHING = -1  # stands where a row wrote no token
 
+# From a prompt's number and the tokens that were written behind it so far, how many of them are all that is wanted;
+# None for more. It is asked between chunks about rows that have not ended.
+Enough = Callable[[int, np.ndarray], int | None]
+
 
 @dataclass(frozen=True)
 class Generation:
     """What the model wrote after one prompt.
 
     tokens: int32 [T], the end token left out. digit_logits: float32 [T, 5], the logits of the digits 1..5 at each
-    token's place. finish_reason: "stop" (an end token came) or "length".
+    token's place. finish_reason: "stop" (an end token came), "length", or "enough" (the caller had what it wanted).
     """
 
     tokens: np.ndarray
     digit_logits: np.ndarray
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "enough"]
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,12 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, like
     return state | {"cache": cache, "slot": start + step}, *results
 
 
+@partial(jax.jit, static_argnames="rules")
+def digits_next(logits, *, rules: TokenRules):
+    """The digits' logits [B, 5] among those of all tokens [B, V]."""
+    return jnp.stack([logits[:, digit] for digit in rules.digits], axis=-1)
+
+
 @jax.jit
 def keep_rows(state, rows):
     """The decoding state of some of its rows.
@@ -257,30 +268,50 @@ class Decoder:
         self.multiple = batch_size(mesh)
         self.max_batch = power_of_two(max(max_batch, 1), self.multiple)
 
-    def generate(self, sequences: list[Sequence], max_new_tokens: int, progress=iter) -> list[Generation]:
+    def generate(
+        self, sequences: list[Sequence], max_new_tokens: int, progress=iter, enough: Enough | None = None
+    ) -> list[Generation]:
         """The model's greedy continuation of each prompt, in the order given.
 
         Prompts that begin with the same images go to the same batch, or to neighbours, and what they share is read
-        once. `progress` wraps the iterable of batches (a bar, say).
+        once. `progress` wraps the iterable of batches (a bar, say). `enough` ends rows before the model does.
         """
         results: list[Generation | None] = [None] * len(sequences)
         handed: tuple = ()
         with on_mesh(self.mesh):
-            for batch in progress(plan_batches(sequences, self.multiple, self.max_batch // self.multiple)):
-                served = [index for own in batch.requests for index in own]
+            for batch in progress(self._planned(sequences)):
+                served = _served(batch)
                 state, handed = self._prefill(batch, handed, -(-max_new_tokens // CHUNK) * CHUNK)
-                written = self._decode(state, batch.own, max_new_tokens)
+                asked = enough and (lambda row, tokens, served=served: enough(served[row], tokens))
+                written = self._decode(state, batch.own, max_new_tokens, asked)
                 for index, generation in zip(served, written, strict=True):
                     results[index] = generation
         return results
 
-    def _decode(self, state, stage: Stage, max_new_tokens: int) -> list[Generation]:
+    def read_digits(self, sequences: list[Sequence], progress=iter) -> np.ndarray:
+        """The logits of the digits 1..5 as what follows each prompt, float32 [N, 5]: read as in `generate`, and nothing
+        is written."""
+        found = np.zeros((len(sequences), len(self.rules.digits)), np.float32)
+        handed: tuple = ()
+        with on_mesh(self.mesh):
+            for batch in progress(self._planned(sequences)):
+                state, handed = self._prefill(batch, handed, 0)
+                logits = to_host(digits_next(state["logits"], rules=self.rules))
+                del state  # its cache is not to be held while the next batch is read
+                found[_served(batch)] = logits[[row is not None for row in batch.own.rows]]
+        return found
+
+    def _planned(self, sequences: list[Sequence]) -> list[Batch]:
+        return plan_batches(sequences, self.multiple, self.max_batch // self.multiple)
+
+    def _decode(self, state, stage: Stage, max_new_tokens: int, enough: Enough | None = None) -> list[Generation]:
         """What the rows of a stage write that are no padding, in their order."""
         chunks = -(-max_new_tokens // CHUNK)
         there = np.array([row is not None for row in stage.rows])
         served = np.where(there, there.cumsum() - 1, NOTHING)  # which result each of the state's rows writes
         tokens = np.full((there.sum(), chunks * CHUNK), NOTHING, np.int32)
         digits = np.zeros((there.sum(), chunks * CHUNK, len(self.rules.digits)), np.float32)
+        suffice: dict[int, int] = {}  # results that were ended by `enough`, and their tokens
         for chunk in range(chunks):
             state, new_tokens, new_digits = decode_chunk(
                 self.graphdef, self.params, state, rules=self.rules, steps=CHUNK
@@ -290,10 +321,19 @@ class Decoder:
             live = served != NOTHING
             tokens[served[live], place] = new_tokens[live]
             digits[served[live], place] = new_digits[live]
+            for row in served[live & ~ended] if enough else ():
+                if (count := enough(int(row), tokens[row, : min(place.stop, max_new_tokens)])) is not None:
+                    suffice[int(row)] = count
+            # A row that was ended here goes on writing in the state, for nobody, until it is dropped.
+            served = np.where(np.isin(served, list(suffice)), NOTHING, served)
+            ended = ended | (served == NOTHING)
             if ended.all():
                 break
             state, served = self._drop_ended(state, ended, served)
-        return [self._trim(*row, max_new_tokens) for row in zip(tokens, digits, strict=True)]
+        return [
+            self._trim(*written, suffice.get(row), max_new_tokens)
+            for row, written in enumerate(zip(tokens, digits, strict=True))
+        ]
 
     def _prefill(self, batch: Batch, handed: tuple, new_slots: int) -> tuple[dict, tuple]:
         """The decoding state of a batch, and those of its tables of prefixes that are for the next one.
@@ -347,11 +387,18 @@ class Decoder:
         served = np.take_along_axis(np.where(ended, NOTHING, served.reshape(ended.shape)), rows, axis=1).reshape(-1)
         return keep_rows(state, self._rows(rows.astype(np.int32))), served
 
-    def _trim(self, tokens: np.ndarray, digits: np.ndarray, max_new_tokens: int) -> Generation:
+    def _trim(self, tokens: np.ndarray, digits: np.ndarray, suffice: int | None, max_new_tokens: int) -> Generation:
+        if suffice is not None:
+            return Generation(tokens[:suffice], digits[:suffice], "enough")
         tokens = tokens[:max_new_tokens]
         ends = np.flatnonzero(np.isin(tokens, self.rules.ends))
         length = ends[0] if len(ends) else len(tokens)
         return Generation(tokens[:length], digits[:length], "stop" if len(ends) else "length")
+
+
+def _served(batch: Batch) -> list[int]:
+    """The numbers of a batch's requests, in the order of its rows."""
+    return [index for own in batch.requests for index in own]
 
 
 def shard_positions(positions: np.ndarray, mesh: Mesh | None):

@@ -11,6 +11,7 @@ last valid answer.
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from typing import Literal
 
 Status = Literal["ok", "empty", "no_score", "out_of_range", "not_integer", "wrong_count", "malformed_json"]
@@ -86,6 +87,17 @@ def parse_edit(text: str) -> Parsed:
     accepted, and so is a line `"score": [n]` where there is no object.
     """
     return _parse_json(text, 1)
+
+
+def settled(parse: Callable[[str], Parsed], text: str) -> bool:
+    r"""Whether the score of an answer that is still being written can be read, and nothing but a second one can
+    change it.
+
+    So it is behind `\boxed{n}` for `parse_alignment`, and behind the comma or the brace that ends JSON's field for the
+    others. What ends with its line is not waited for: "Final Score: 4" may become "4.5".
+    """
+    closed = _answers(_BOXED, text) if parse is parse_alignment else "{" in text
+    return bool(closed) and parse(text).status == "ok"
 
 
 def _parse_json(text: str, count: int) -> Parsed:

@@ -44,6 +44,22 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def followed_by(self, ids) -> "Sequence":
+        """The prompt with more tokens of text behind it."""
+        count = len(ids)
+        text = np.full(count, -1, np.int32)
+        following = np.broadcast_to(
+            np.arange(self.next_position, self.next_position + count, dtype=np.int32), (3, count)
+        )
+        return replace(
+            self,
+            ids=np.concatenate([self.ids, np.asarray(ids, np.int32)]),
+            positions=np.concatenate([self.positions, following], axis=1),
+            image=np.concatenate([self.image, text]),
+            patch=np.concatenate([self.patch, text]),
+            next_position=self.next_position + count,
+        )
+
     def part(self, start: int, stop: int) -> "Sequence":
         """The prompt's tokens from `start` to `stop`, with those images that they stand for."""
         place = slice(start, stop)

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from firm_jax import models
-from firm_jax.critic.decode import Decoder, Generation, TokenRules
-from firm_jax.critic.parse import Parsed, parse_alignment, parse_edit, parse_quality
+from firm_jax.critic.decode import CHUNK, Decoder, Generation, TokenRules
+from firm_jax.critic.parse import Parsed, parse_alignment, parse_edit, parse_quality, settled
 from firm_jax.critic.processing import Processor, Sequence
 from firm_jax.critic.rubric import FOLDER, Rubric, rubrics_from
 from firm_jax.data.prompts import PromptRecord
@@ -20,6 +20,18 @@ from firm_jax.errors import ConfigError, DataError
 from firm_jax.interop.files import read_json
 from firm_jax.interop.hub import resolve
 from firm_jax.models.qwen3_vl import Qwen3VLConfig
+
+# How much of its answer a critic writes: all; up to the score; or nothing but the score.
+ANSWERS = ("whole", "until_score", "score_only")
+
+# What stands before and behind the score of an answer that is nothing else. Of several scores each depends on those
+# before it, so they are written, and what stands behind them too.
+ALONE: dict[str, tuple[str, str | None]] = {
+    "alignment": ("\\boxed{", "}"),
+    "quality": ('{"score": [', None),
+    "edit_execution": ('{"score": [', "]}"),
+    "edit_consistency": ('{"score": [', "]}"),
+}
 
 PARSERS: dict[str, Callable[[str], Parsed]] = {
     "alignment": parse_alignment,
@@ -115,21 +127,73 @@ class Critic:
         generations = self.decoder.generate(sequences, max_new_tokens, progress)
         return [self.processor.decode(generation.tokens) for generation in generations]
 
-    def judge(self, requests: Requests[Mapping], max_new_tokens: int = 512, progress=iter) -> list[Judgement]:
+    def judge(
+        self, requests: Requests[Mapping], max_new_tokens: int = 512, progress=iter, answer: str = "whole"
+    ) -> list[Judgement]:
         """A judgement for each request, in order.
 
         A request has `images`, `criterion` (the name of one of `self.rubrics`), `prompt` and, where the prompt has
         one, `requirement`. An answer without a readable score is a judgement whose score is None: missing, never a
         number. Raises ConfigError for a criterion without a rubric, DataError for a request that cannot be served.
+
+        answer: one of ANSWERS. "until_score" has the scores of "whole" as long as no answer states two of them; it
+        saves what comes behind, and that is missing in text and reason. "score_only" puts the words in the critic's
+        mouth that stand before a score (ALONE): after a rubric that has the reasons come first that is another
+        judgement, made without them. `progress` then wraps the batches of single scores and those of `quality` apart.
         """
+        if answer not in ANSWERS:
+            raise ConfigError(f"answer is {answer!r}; it is one of: {', '.join(ANSWERS)}")
         patched: dict = {}
         prompts = [
             self.prompt(request, max_new_tokens, name=f"request {number}", patched=patched)
             for number, request in enumerate(requests)
         ]
-        generations = self.decoder.generate(prompts, max_new_tokens, progress)
         criteria = [request["criterion"] for request in requests]
+        if answer == "score_only":
+            generations = self._scores_alone(criteria, prompts, progress)
+        else:
+            enough = (lambda number, tokens: self._enough(criteria[number], tokens)) if answer != "whole" else None
+            generations = self.decoder.generate(prompts, max_new_tokens, progress, enough)
         return [self.judgement(*pair) for pair in zip(criteria, generations, strict=True)]
+
+    def _enough(self, criterion: str, tokens: np.ndarray) -> int | None:
+        """How many of an answer's tokens settle its score, None when they do not; for `Decoder.generate`."""
+        parse, decode = PARSERS[criterion], self.processor.decode
+        if not settled(parse, decode(tokens)):
+            return None
+        first = max(len(tokens) - CHUNK, 0)  # a chunk ago it was not settled
+        return next(count for count in range(first, len(tokens) + 1) if settled(parse, decode(tokens[:count])))
+
+    def _scores_alone(self, criteria: list[str], prompts: list[Sequence], progress) -> list[Generation]:
+        """Answers that are nothing but a score: read off behind its opening where it is one, else written."""
+        openings = [np.array(self.processor.encode(ALONE[criterion][0]), np.int32) for criterion in criteria]
+        opened = [prompt.followed_by(opening) for prompt, opening in zip(prompts, openings, strict=True)]
+        answers: list[tuple] = [()] * len(prompts)  # tokens behind the opening, their digits' logits, finish reason
+        single = [number for number, criterion in enumerate(criteria) if ALONE[criterion][1]]
+        several = [number for number, criterion in enumerate(criteria) if not ALONE[criterion][1]]
+        if single:
+            read = self.decoder.read_digits([opened[number] for number in single], progress)
+            for number, logits in zip(single, read, strict=True):
+                if not np.isfinite(logits).all():
+                    answers[number] = np.zeros(0, np.int32), np.zeros((0, len(logits)), np.float32), "stop"
+                    continue
+                closing = self.processor.encode(ALONE[criteria[number]][1])
+                tokens = np.array([self.processor.digits[logits.argmax()], *closing], np.int32)
+                answers[number] = tokens, np.pad(logits[None], ((0, len(closing)), (0, 0))), "enough"
+        if several:
+
+            def enough(row: int, tokens: np.ndarray) -> int | None:
+                opening = openings[several[row]]
+                count = self._enough(criteria[several[row]], np.concatenate([opening, tokens]))
+                return None if count is None else count - len(opening)
+
+            written = self.decoder.generate([opened[number] for number in several], CHUNK, progress, enough)
+            for number, one in zip(several, written, strict=True):
+                answers[number] = one.tokens, one.digit_logits, one.finish_reason
+        return [
+            Generation(np.concatenate([opening, tokens]), np.pad(digits, ((len(opening), 0), (0, 0))), finish_reason)
+            for opening, (tokens, digits, finish_reason) in zip(openings, answers, strict=True)
+        ]
 
     def prompt(
         self, request: Mapping, max_new_tokens: int, *, name: str = "the request", patched: dict | None = None
