@@ -10,44 +10,56 @@ from firm_jax import models
 from firm_jax.critic.decode import Decoder, TokenRules
 from firm_jax.critic.prefixes import plan_batches
 from firm_jax.critic.processing import Sequence, lay_out
-from firm_jax.data.patches import ImageConfig, patch_image
+from firm_jax.data.patches import ImageConfig, PatchedImage, patch_image
 from firm_jax.published import QWEN3_VL_IMAGES
 
 OPENING, CLOSING = 3, 5  # tokens of the chat, around images and text
+NO_ENDS = TokenRules((), (), tuple(range(16, 21)))
 
 
-class Questions:
-    """Prompts about a picture each, of random pixels and tokens: the opening, the picture, a text, the closing."""
+class Prompts:
+    """Prompts of random pictures and tokens for a critic: the opening, the pictures, a text, the closing."""
 
-    def __init__(self, size: Critic, folder: Path, count: int):
-        self.folder = size.folder(folder)
+    def __init__(self, size: Critic, folder: Path):
+        self.size, self.folder = size, size.folder(folder)
         self.config = models.read_network(self.folder)[1]
         special = self.config.image_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id
         self.plain = min(special) - 16  # below it no id means anything but text
-        vision, rng = self.config.vision, np.random.default_rng(0)
+        vision = self.config.vision
         raw = QWEN3_VL_IMAGES | {"patch_size": vision.patch_size, "size": {"shortest_edge": 1, "longest_edge": 2**24}}
-        images = ImageConfig.from_json(raw, "the benchmark's image settings")
-
-        def question() -> Sequence:
-            pixels = rng.integers(0, 256, (size.side, size.side, 3), dtype=np.uint8)
-            opening, text, closing = (self.text(rng, length) for length in (OPENING, size.text_tokens, CLOSING))
-            picture = (
-                [self.config.vision_start_token_id],
-                patch_image(pixels, images),
-                [self.config.vision_end_token_id],
-            )
-            return lay_out([opening, *picture, text + closing], self.config.image_token_id, vision.spatial_merge_size)
-
-        self.sequences = [question() for _ in range(count)]
+        self.images = ImageConfig.from_json(raw, "the benchmark's image settings")
 
     def text(self, rng: np.random.Generator, length: int) -> list[int]:
         return rng.integers(0, self.plain, length).tolist()
 
+    def picture(self, rng: np.random.Generator) -> PatchedImage:
+        side = self.size.side
+        return patch_image(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), self.images)
+
+    def prompt(self, opening: list[int], pictures: list[PatchedImage], text: list[int]) -> Sequence:
+        start, end = [self.config.vision_start_token_id], [self.config.vision_end_token_id]
+        shown = [part for picture in pictures for part in (start, picture, end)]
+        return lay_out([opening, *shown, text], self.config.image_token_id, self.config.vision.spatial_merge_size)
+
+
+class Questions(Prompts):
+    """Prompts about a picture each, no two of which have anything in common."""
+
+    def __init__(self, size: Critic, folder: Path, count: int):
+        super().__init__(size, folder)
+        rng = np.random.default_rng(0)
+
+        def question() -> Sequence:
+            picture = self.picture(rng)
+            opening, text, closing = (self.text(rng, length) for length in (OPENING, size.text_tokens, CLOSING))
+            return self.prompt(opening, [picture], text + closing)
+
+        self.sequences = [question() for _ in range(count)]
+
     def decoder(self, dtype: str, mesh) -> Decoder:
         """Ours; no token ends an answer, so that all have one length."""
         model = models.from_pretrained(self.folder, dtype=dtype, mesh=mesh)
-        rules = TokenRules((), (), tuple(range(16, 21)))
-        return Decoder(model, rules, mesh=mesh, max_batch=len(self.sequences))
+        return Decoder(model, NO_ENDS, mesh=mesh, max_batch=len(self.sequences))
 
     def planned(self, decoder: Decoder, count: int):
         """The first `count` questions as the one batch that the decoder makes of them."""

@@ -31,6 +31,7 @@ from firm_jax.mesh import make_mesh
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 OURS, PYTORCH = "ours", "PyTorch"
+WITH, WITHOUT = "with", "without"  # two ways of ours: something that saves work, and what it costs to do without
 SIZES = ("tiny", "small", "full")
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "compile")
@@ -44,10 +45,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffuser
 class Variant:
     """One way to do a piece of work.
 
-    side: OURS or PYTORCH. dtype: of the arithmetic. how: what else the table says of it. run: the timed work, over
-    when it returns; it is given what `prepare`, which is not timed, has made just before. outputs: named host arrays
-    of what `run` returned, compared with those of the case's first variant: floats may be TOLERANCES[dtype] away,
-    integers must be equal. An output that only one of the two has is not compared.
+    side: OURS or PYTORCH, in another case WITH or WITHOUT. dtype: of the arithmetic. how: what else the table says of
+    it. run: the timed work, over when it returns; it is given what `prepare`, which is not timed, has made just before.
+    outputs: named host arrays of what `run` returned, compared with those of the case's first variant: floats may be
+    TOLERANCES[dtype] away, integers must be equal. An output that only one of the two has is not compared.
     """
 
     side: str
@@ -188,26 +189,29 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def speedups(rows: list[dict]) -> dict[str, dict]:
     """How many times as fast as the better variant of PyTorch's the better one of ours is: for each dtype, and "any".
+    In a case of WITH and WITHOUT, how many times as fast it is with it, for each dtype.
 
     ratio: of the medians. by_round: quartiles of the ratios within a round, which a load on the machine that comes
     and goes moves less. cpu_ratio: of the medians of what the process computed, which it moves least; it says nothing
     of an accelerator.
     """
     found = {}
-    for name in (*dict.fromkeys(row["dtype"] for row in rows), "any"):
-        best = {}
-        for side in (OURS, PYTORCH):
-            own = [row for row in rows if row["side"] == side and name in (row["dtype"], "any")]
-            if own:
-                best[side] = min(own, key=lambda row: row["median"])
-        if len(best) == 2:
-            ratios = np.divide(best[PYTORCH]["seconds"], best[OURS]["seconds"])
-            found[name] = {
-                "ratio": best[PYTORCH]["median"] / best[OURS]["median"],
-                "by_round": quartiles(ratios),
-                "cpu_ratio": float(np.divide(*(np.median(best[side]["cpu_seconds"]) for side in (PYTORCH, OURS)))),
-                **{side: f"{row['how']}, {row['dtype']}" for side, row in best.items()},
-            }
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    for ours, theirs, names in ((OURS, PYTORCH, (*dtypes, "any")), (WITH, WITHOUT, dtypes)):
+        for name in names:
+            best = {}
+            for side in (ours, theirs):
+                own = [row for row in rows if row["side"] == side and name in (row["dtype"], "any")]
+                if own:
+                    best[side] = min(own, key=lambda row: row["median"])
+            if len(best) == 2:
+                ratios = np.divide(best[theirs]["seconds"], best[ours]["seconds"])
+                found[name] = {
+                    "ratio": best[theirs]["median"] / best[ours]["median"],
+                    "by_round": quartiles(ratios),
+                    "cpu_ratio": float(np.divide(*(np.median(best[side]["cpu_seconds"]) for side in (theirs, ours)))),
+                    **{side: f"{row['how']}, {row['dtype']}" for side, row in best.items()},
+                }
     return found
 
 
@@ -228,11 +232,16 @@ def table(measured: dict) -> str:
     lines += [f"  skipped: {what}: {why}" for what, why in measured["skipped"].items()]
     for name, found in measured["speedup"].items():
         lower, _, upper = found["by_round"]
-        lines.append(
-            f"  {name}: ours ({found[OURS]}) is {found['ratio']:.2f} times as fast as the better PyTorch variant "
-            f"({found[PYTORCH]}); rounds {lower:.2f} to {upper:.2f}; in CPU seconds {found['cpu_ratio']:.2f}"
-        )
+        told = verdict(found, format(found["ratio"], ".2f"))
+        lines.append(f"  {name}: {told}; rounds {lower:.2f} to {upper:.2f}; in CPU seconds {found['cpu_ratio']:.2f}")
     return "\n".join(lines)
+
+
+def verdict(found: dict, ratio: str) -> str:
+    """One of `speedups` in words."""
+    if WITH in found:
+        return f"gain: with it {ratio} times as fast as without"
+    return f"ours ({found[OURS]}) is {ratio} times as fast as the better PyTorch variant ({found[PYTORCH]})"
 
 
 # What a result says of its making

@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 
-from benchmarks.harness import OURS, PYTORCH, RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, verdict
 
 PAGE = ROOT / "docs" / "speed-results.md"
 HEAD = """# Speed: results
@@ -59,10 +59,9 @@ def table(case: dict) -> list[str]:
     lines.append("")
     for dtype, found in case["speedup"].items():
         lower, _, upper = found["by_round"]
-        lines.append(
-            f"- {'in any format' if dtype == 'any' else dtype}: ours ({found[OURS]}) is **{found['ratio']:.2f}** "
-            f"times as fast as the better PyTorch variant ({found[PYTORCH]}); rounds {lower:.2f} to {upper:.2f}"
-        )
+        told = verdict(found, f"**{found['ratio']:.2f}**")
+        name = "in any format" if dtype == "any" else dtype
+        lines.append(f"- {name}: {told}; rounds {lower:.2f} to {upper:.2f}")
     lines += [f"- not run: {what}: {why}" for what, why in case["skipped"].items()]
     return [*lines, ""]
 

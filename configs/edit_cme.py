@@ -64,6 +64,7 @@ def paper() -> ConfigDict:
         "rubrics": config_dict.placeholder(str),  # None: the critic folder's own, else the package's
         "batch_size": 128,
         "max_new_tokens": 1024,  # the score comes after the reasons: cut short, there is none
+        "answer": "whole",
         "score": "parsed",
         "max_failure_rate": 0.2,
     }

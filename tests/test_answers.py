@@ -74,7 +74,8 @@ def test_an_answer_up_to_its_score_has_the_scores_of_the_whole_one(critic, reque
         return real(graphdef, params, state, **options)
 
     monkeypatch.setattr(decode, "decode_chunk", counted)
-    found = critic.judge(requests, max_new_tokens=TOKENS, answer="until_score")
+    monkeypatch.setattr(critic, "answer", "until_score")
+    found = critic.judge(requests, max_new_tokens=TOKENS)
     for short, long in zip(found, whole, strict=True):
         assert (short.score, short.status, short.criterion) == (long.score, long.status, long.criterion)
         assert long.text.startswith(short.text)
@@ -90,7 +91,8 @@ def test_a_score_alone_is_read_off_behind_its_opening(critic, requests, whole, m
     would write next, and is not written."""
     calls, real = [], critic.decoder.generate
     monkeypatch.setattr(critic.decoder, "generate", lambda given, *more: calls.append(len(given)) or real(given, *more))
-    found = critic.judge(requests, max_new_tokens=TOKENS, answer="score_only")
+    monkeypatch.setattr(critic, "answer", "score_only")
+    found = critic.judge(requests, max_new_tokens=TOKENS)
     assert calls == [3]
     for short, long in zip(found[3:], whole[3:], strict=True):
         assert (short.score, short.status) == (long.score, long.status) and long.text.startswith(short.text)
@@ -106,7 +108,8 @@ def test_a_score_alone_is_read_off_behind_its_opening(critic, requests, whole, m
 
 def test_digits_that_are_not_finite_are_no_score(critic, requests, monkeypatch):
     monkeypatch.setattr(critic.decoder, "read_digits", lambda given, *_: np.full((len(given), 5), np.nan, np.float32))
-    [judgement] = critic.judge(requests[:1], answer="score_only")
+    monkeypatch.setattr(critic, "answer", "score_only")
+    [judgement] = critic.judge(requests[:1])
     assert (judgement.score, judgement.expected, judgement.status) == (None, None, "no_score")
 
 
@@ -128,6 +131,6 @@ def test_every_criterion_can_be_asked_for_its_score_alone():
         assert settled(PARSERS[criterion], answer), criterion
 
 
-def test_there_is_no_other_answer(critic, requests):
+def test_there_is_no_other_answer():
     with pytest.raises(ConfigError, match="answer is 'short'; it is one of: whole, until_score, score_only"):
-        critic.judge(requests, answer="short")
+        Critic(None, None, ends=(), rubrics={}, answer="short")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import (
     critic_decode,
+    critic_features,
     critic_sft,
     harness,
     qwen_edit_rollout,
@@ -21,7 +23,7 @@ from benchmarks import (
     tables,
     text_encoding,
 )
-from benchmarks.harness import OURS, PYTORCH, Case, Options, OutputsDiffer, Variant, distances, measure
+from benchmarks.harness import OURS, PYTORCH, WITH, WITHOUT, Case, Options, OutputsDiffer, Variant, distances, measure
 from benchmarks.sizes import CRITIC, QWEN_EDIT, SD3, SFT, parameters
 from firm_jax.generation.generator import pipeline_class
 from firm_jax.mesh import make_mesh
@@ -116,6 +118,17 @@ def test_how_many_times_as_fast_is_told_for_each_dtype_and_for_the_best():
     assert harness.speedups(rows[:2]) == {}
 
 
+def test_the_gain_of_a_feature_is_told_for_each_dtype():
+    def row(side, dtype, seconds):
+        times = {"seconds": seconds, "median": float(np.median(seconds)), "cpu_seconds": seconds}
+        return {"side": side, "how": "how", "dtype": dtype} | times
+
+    rows = [row(WITH, "float32", [1.0, 2.0, 1.0]), row(WITHOUT, "float32", [3.0, 3.0, 3.0])]
+    found = harness.speedups([*rows, row(WITH, "bfloat16", [9.0])])
+    assert found.keys() == {"float32"}
+    assert found["float32"]["ratio"] == 3.0 and found["float32"]["by_round"] == [2.25, 3.0, 3.0]
+
+
 def test_a_result_says_how_it_was_made_and_names_nobody(tmp_path, capsys):
     def cases(options, folder):
         assert folder.is_dir() and options.rounds == 3 and options.dtypes == ("float32",)
@@ -198,6 +211,41 @@ def test_critic_decode(options, tmp_path):
     prefill, decode = critic_decode.cases(options, tmp_path, size)
     assert agree(prefill)[PYTORCH].keys() == {"logits"}
     assert agree(decode)[PYTORCH].keys() == {"logits", "tokens"}
+
+
+@pytest.fixture
+def judging(options, tmp_path, monkeypatch) -> Iterator[Case]:
+    """What the critic saves, with as little to save as can be."""
+    monkeypatch.setitem(critic_features.GROUPS, "tiny", (2, 2))
+    monkeypatch.setattr(critic_features, "SCORE_TOKENS", 5)
+    size = dataclasses.replace(CRITIC["tiny"], side=32, text_tokens=40, tokens=32)
+    return critic_features.cases(options, tmp_path, size)
+
+
+def gain(case: Case) -> dict[str, float]:
+    measured = measure(case, rounds=1)
+    assert [row["side"] for row in measured["rows"]] == [WITH, WITHOUT] and case.count == 8
+    assert measured["speedup"].keys() == {"float32"} and json.dumps(measured)
+    assert "gain: with it **" in "\n".join(tables.table(measured)) and "gain: with it" in harness.table(measured)
+    return measured["rows"][1]["distance"]
+
+
+def test_critic_features(judging):
+    assert gain(next(judging)).keys() == {"digits", "first_digits", "all_digits", "tokens"}
+
+
+@pytest.mark.slow
+def test_all_critic_features(judging):
+    distances = {case.name: gain(case).keys() for case in judging}
+    assert len(distances) == 7 and sum("tokens" in found for found in distances.values()) == 6
+
+
+def test_ends_are_spread():
+    tokens = np.array([[1, 2, 3, 4], [2, 1, 1, 5], [3, 3, 1, 6], [4, 4, 4, 1]])
+    ends = critic_features.spread_ends(tokens)
+    lengths = [next((place for place, token in enumerate(row) if token in ends), 4) for row in tokens]
+    assert len(set(lengths)) > 2 and max(lengths) >= 3
+    assert critic_features.spread_ends(np.full((4, 8), 7)) == ()
 
 
 def test_critic_sft(options, tmp_path):

@@ -40,6 +40,7 @@ def settings():
     [
         ({"endpoints": ()}, "critic.endpoints names no server.*--config.critic.endpoints="),
         ({"backend": "local"}, "critic.endpoints is set, and critic.backend is 'local'"),
+        ({"answer": "until_score"}, "critic.answer is 'until_score'.*'firm'.*only a local critic"),
         ({"concurrency": 0}, "critic.concurrency is 0; it is above 0"),
         ({"attempts": 0}, "critic.attempts is 0"),
         ({"connect_timeout": -1.0}, "critic.connect_timeout is -1.0"),

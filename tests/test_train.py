@@ -517,6 +517,7 @@ def nothing_is_loaded(monkeypatch):
         ({"eval.every": 0}, "eval.every is 0"),
         ({"lora.init": "zero"}, "lora.init is 'zero'.*gaussian"),
         ({"critic.score": "mean"}, "critic.score is 'mean'.*parsed, expected"),
+        ({"critic.answer": "short"}, "critic.answer is 'short'.*whole, until_score, score_only"),
         ({"critic.max_failure_rate": 20.0}, "critic.max_failure_rate is 20.0; it is a share"),
         ({"critic.max_new_tokens": 1000}, "critic.max_new_tokens = 1000 leaves no room"),
         ({"critic.backend": "http"}, "critic.backend is 'http'"),

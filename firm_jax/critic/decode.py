@@ -27,8 +27,8 @@ from firm_jax.models.layers import zeros_beside
 CHUNK = 16  # decoding steps between two looks at which rows have ended
 NOTHING = -1  # stands where a row wrote no token
 
-# From a prompt's number and the tokens that were written behind it so far, how many of them are all that is wanted;
-# None for more. It is asked between chunks about rows that have not ended.
+# From a prompt's number and the tokens written so far, how many of them are all that is wanted, None for more; asked
+# between chunks.
 Enough = Callable[[int, np.ndarray], int | None]
 
 
@@ -289,8 +289,7 @@ class Decoder:
         return results
 
     def read_digits(self, sequences: list[Sequence], progress=iter) -> np.ndarray:
-        """The logits of the digits 1..5 as what follows each prompt, float32 [N, 5]: read as in `generate`, and nothing
-        is written."""
+        """The logits of the digits 1..5 behind each prompt, float32 [N, 5]; nothing is written."""
         found = np.zeros((len(sequences), len(self.rules.digits)), np.float32)
         handed: tuple = ()
         with on_mesh(self.mesh):

@@ -74,9 +74,25 @@ class Critic:
 
     Make one with `from_pretrained`, or from a network in memory and the `Processor` of its folder. `ends`: the ids
     of the tokens that end an answer. `rubrics`: criterion -> Rubric. `max_batch`: most requests served at once.
+    `answer`: how much `judge` has it write, one of ANSWERS. "until_score" has the scores of "whole", as long as no
+    answer states two of them; what comes behind is saved, and missing in text and reason. "score_only" puts the words
+    in the critic's mouth that stand before a score: after a rubric that has the reasons come first that is another
+    judgement, made without them.
     """
 
-    def __init__(self, model, processor: Processor, *, ends, rubrics: dict[str, Rubric], mesh=None, max_batch=64):
+    def __init__(
+        self,
+        model,
+        processor: Processor,
+        *,
+        ends,
+        rubrics: dict[str, Rubric],
+        mesh=None,
+        max_batch=64,
+        answer: str = "whole",
+    ):
+        if answer not in ANSWERS:
+            raise ConfigError(f"answer is {answer!r}; it is one of: {', '.join(ANSWERS)}")
         vision = model.config.vision
         for ours, theirs in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
             if getattr(processor.images, ours) != getattr(vision, theirs):
@@ -84,14 +100,20 @@ class Critic:
                     f"{processor.folder}: {ours}={getattr(processor.images, ours)} of the image processor contradicts "
                     f"{theirs}={getattr(vision, theirs)} of config.json"
                 )
-        self.processor, self.rubrics = processor, rubrics
+        self.processor, self.rubrics, self.answer = processor, rubrics, answer
         self.max_length = model.config.text.max_position_embeddings
         rules = TokenRules(tuple(ends), banned_tokens(model.config, processor), processor.digits)
         self.decoder = Decoder(model, rules, mesh=mesh, max_batch=max_batch)
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id, dtype: str = "bfloat16", mesh: Mesh | None = None, rubrics=None, max_batch: int = 64
+        cls,
+        path_or_id,
+        dtype: str = "bfloat16",
+        mesh: Mesh | None = None,
+        rubrics=None,
+        max_batch: int = 64,
+        answer: str = "whole",
     ) -> "Critic":
         """Load a transformers folder of Qwen3-VL, or its Hugging Face id.
 
@@ -111,6 +133,7 @@ class Critic:
             rubrics=served_rubrics(folder, rubrics),
             mesh=mesh,
             max_batch=max_batch,
+            answer=answer,
         )
 
     def generate(self, requests: Requests[Mapping], max_new_tokens: int = 256, progress=iter) -> list[str]:
@@ -127,32 +150,24 @@ class Critic:
         generations = self.decoder.generate(sequences, max_new_tokens, progress)
         return [self.processor.decode(generation.tokens) for generation in generations]
 
-    def judge(
-        self, requests: Requests[Mapping], max_new_tokens: int = 512, progress=iter, answer: str = "whole"
-    ) -> list[Judgement]:
+    def judge(self, requests: Requests[Mapping], max_new_tokens: int = 512, progress=iter) -> list[Judgement]:
         """A judgement for each request, in order.
 
         A request has `images`, `criterion` (the name of one of `self.rubrics`), `prompt` and, where the prompt has
         one, `requirement`. An answer without a readable score is a judgement whose score is None: missing, never a
         number. Raises ConfigError for a criterion without a rubric, DataError for a request that cannot be served.
-
-        answer: one of ANSWERS. "until_score" has the scores of "whole" as long as no answer states two of them; it
-        saves what comes behind, and that is missing in text and reason. "score_only" puts the words in the critic's
-        mouth that stand before a score (ALONE): after a rubric that has the reasons come first that is another
-        judgement, made without them. `progress` then wraps the batches of single scores and those of `quality` apart.
         """
-        if answer not in ANSWERS:
-            raise ConfigError(f"answer is {answer!r}; it is one of: {', '.join(ANSWERS)}")
         patched: dict = {}
         prompts = [
             self.prompt(request, max_new_tokens, name=f"request {number}", patched=patched)
             for number, request in enumerate(requests)
         ]
         criteria = [request["criterion"] for request in requests]
-        if answer == "score_only":
+        if self.answer == "score_only":
             generations = self._scores_alone(criteria, prompts, progress)
         else:
-            enough = (lambda number, tokens: self._enough(criteria[number], tokens)) if answer != "whole" else None
+            stops = self.answer == "until_score"
+            enough = (lambda number, tokens: self._enough(criteria[number], tokens)) if stops else None
             generations = self.decoder.generate(prompts, max_new_tokens, progress, enough)
         return [self.judgement(*pair) for pair in zip(criteria, generations, strict=True)]
 
@@ -165,7 +180,10 @@ class Critic:
         return next(count for count in range(first, len(tokens) + 1) if settled(parse, decode(tokens[:count])))
 
     def _scores_alone(self, criteria: list[str], prompts: list[Sequence], progress) -> list[Generation]:
-        """Answers that are nothing but a score: read off behind its opening where it is one, else written."""
+        """Answers that are nothing but a score: read off behind its opening where it is one, else written.
+
+        `progress` wraps the batches of the ones and of the others apart.
+        """
         openings = [np.array(self.processor.encode(ALONE[criterion][0]), np.int32) for criterion in criteria]
         opened = [prompt.followed_by(opening) for prompt, opening in zip(prompts, openings, strict=True)]
         answers: list[tuple] = [()] * len(prompts)  # tokens behind the opening, their digits' logits, finish reason

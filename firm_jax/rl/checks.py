@@ -1,6 +1,7 @@
 """What an RL config is refused for before anything is loaded."""
 
 from firm_jax.critic.rubric import RUBRICS
+from firm_jax.critic.score import ANSWERS
 from firm_jax.errors import ConfigError
 from firm_jax.generation.solvers import SOLVERS
 from firm_jax.models.layers import REMAT_POLICIES
@@ -60,6 +61,7 @@ def check_config(config) -> None:
         ("train.adv_mode", train.adv_mode, ADVANTAGE_MODES),
         ("train.remat", train.remat, REMAT_POLICIES),
         ("critic.score", config.critic.score, ("parsed", "expected")),
+        ("critic.answer", config.critic.answer, ANSWERS),
         ("critic.backend", config.critic.backend, BACKENDS),
     ):
         if value not in known:

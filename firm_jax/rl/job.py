@@ -159,6 +159,7 @@ class Job:
             mesh=mesh,
             rubrics=config.critic.rubrics,
             max_batch=config.critic.batch_size,
+            answer=config.critic.answer,
         )
 
     def next_group(self, state: dict) -> EpochGroups:

@@ -48,6 +48,11 @@ def check_critic(settings) -> None:
         return
     if missing := [name for name in ("endpoints", *POLICY) if name not in settings]:
         raise ConfigError(f"critic.backend is {settings.backend!r}, and the config has no critic.{missing[0]}")
+    if settings.get("answer", "whole") != "whole":
+        raise ConfigError(
+            f"critic.answer is {settings.answer!r}, and critic.backend is {settings.backend!r}: only a local critic "
+            "can be stopped at its score. Set critic.answer to whole."
+        )
     if not settings.endpoints:
         raise ConfigError(
             f"critic.backend is {settings.backend!r}, and critic.endpoints names no server; for example "
