@@ -86,7 +86,7 @@ def judge(side: str, dtype: str, how: str, run: Callable[[], list[Generation]], 
 def written(answers: list[Generation], dtype: str, compared: int | None = None) -> dict[str, np.ndarray]:
     """What is compared of answers. Of those in bfloat16, where rounding decides between tokens that are nearly as
     likely, only the digits' logits at the first token."""
-    first = {"first_digits": np.stack([one.digit_logits[0] for one in answers])}
+    first = {"first_digits": np.concatenate([one.digit_logits[:1] for one in answers])}
     if dtype != "float32":
         return first
     kept = [one.tokens[:compared] for one in answers]
@@ -103,11 +103,12 @@ def spread_ends(tokens: np.ndarray) -> tuple[int, ...]:
     """
     N, T = tokens.shape
     wanted = np.arange(1, N + 1) * T / N
-    candidates = np.unique(tokens)
+    candidates = np.setdiff1d(tokens, tokens[:, 0])  # no answer is to be empty
     equal = tokens[None] == candidates[:, None, None]
     places = np.where(equal.any(-1), equal.argmax(-1), T)  # [candidates, N]
-    lengths, ends, off = np.full(N, T), [], np.inf
-    while len(ends) < MOST_ENDS:
+    lengths, ends = np.full(N, T), []
+    off = np.abs(lengths - wanted).sum()
+    while len(ends) < MOST_ENDS and len(candidates):
         tried = np.minimum(lengths, places)
         distances = np.abs(np.sort(tried) - wanted).sum(-1)
         best = distances.argmin()
