@@ -106,6 +106,7 @@ def test_a_score_alone_is_read_off_behind_its_opening(critic, requests, whole, m
         assert judgement.text == f"\\boxed{{{judgement.score}}}"
 
 
+@pytest.mark.fault("unusable-answers")
 def test_digits_that_are_not_finite_are_no_score(critic, requests, monkeypatch):
     monkeypatch.setattr(critic.decoder, "read_digits", lambda given, *_: np.full((len(given), 5), np.nan, np.float32))
     monkeypatch.setattr(critic, "answer", "score_only")

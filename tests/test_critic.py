@@ -165,8 +165,9 @@ def test_what_is_shared_changes_no_answer(folder, edits_alone, monkeypatch, leve
     assert_same(generate(critic, edits(), max_new_tokens=16), edits_alone)
 
 
-def test_pictures_that_are_encoded_each_time_change_no_answer(critic, edits_alone):
+def test_pictures_that_are_encoded_each_time_change_no_answer(folder, edits_alone):
     """Every picture under a name of its own, so that nothing at all is shared."""
+    critic = Critic.from_pretrained(folder, dtype="float32", max_batch=32)
     numbers = iter(range(99))
     sequences = [critic.processor.sequence(request["images"], request["text"]) for request in edits()]
     sequences = [

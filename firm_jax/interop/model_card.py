@@ -8,8 +8,8 @@ from typing import Any
 
 # What of a run's config is its recipe; the rest says where and how patiently it ran.
 RECIPE = (
-    "model dtype quantize seed prompts.train prompts.held_out group lora rollout critic.model critic.score reward data "
-    "train"
+    "model dtype quantize seed prompts.train prompts.held_out group lora rollout critic.model critic.answer "
+    "critic.score reward data train"
 ).split()
 # Metrics of a job that tell how the model does, beside everything that evaluation measures.
 RESULTS = ("eval/", "reward/mean", "reward/instruction", "reward/quality", "reward/execution", "reward/consistency")
