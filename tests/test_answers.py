@@ -82,6 +82,7 @@ def test_an_answer_up_to_its_score_has_the_scores_of_the_whole_one(critic, reque
         assert short.expected == pytest.approx(long.expected, abs=1e-4)
     qualities = [(short, long) for short, long in zip(found, whole, strict=True) if short.criterion == "quality"]
     assert all(len(short.text) < len(long.text) / 2 for short, long in qualities if long.status == "ok")
+    assert not any("reasoning" in short.text for short, long in qualities if long.status == "ok")
     assert sum(long.status == "ok" for _, long in qualities) >= 2
     assert rows[0] == 8 and rows[1] == 4  # the three of quality are gone after a chunk
 
