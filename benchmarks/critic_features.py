@@ -126,7 +126,7 @@ def cases(options: Options, folder: Path, size: Critic | None = None) -> Iterato
     prompts, count, tokens = asked.sequences, len(asked.sequences), size.tokens
     mesh = options.mesh(count)
     networks = {dtype: models.from_pretrained(asked.folder, dtype=dtype, mesh=mesh) for dtype in options.dtypes}
-    described = size.described() | {
+    described = {name: value for name, value in size.described().items() if name not in ("batches", "remat")} | {
         "parameters": parameters(models.read_config(asked.folder)),
         "groups": groups,
         "edits_of_a_group": edits,
