@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from benchmarks.families import FAMILIES
-from benchmarks.harness import Options
 from benchmarks.sizes import ATTENTION, Diffusion, parameters
 from benchmarks.torch_side import autocast, compiled, device
 from firm_jax import models
@@ -29,12 +29,14 @@ class Work:
     """What both sides are given, as host arrays, and the folders of their weights.
 
     conditioning: of a prompt for each image. adapters: two LoRAs as our trees, whose PEFT folders bear their names;
-    they are large enough to change what the network says. shapes: our generator without weights.
+    they are large enough to change what the network says. shapes: our generator without weights. mesh: of ours. One
+    folder may be given to several after each other: it holds the weights once, and the adapters of the last.
     """
 
-    def __init__(self, size: Diffusion, folder: Path, options: Options):
-        self.size, self.folder, self.mesh = size, folder, options.mesh(size.images)
+    def __init__(self, size: Diffusion, folder: Path, mesh: Mesh):
+        self.size, self.folder, self.mesh = size, folder, mesh
         self.configs, self.weights = size.pipeline(folder)
+        self._made: dict[str, Generator] = {}
         self.key, self._rng = jax.random.key(0), np.random.default_rng(0)
         self.numbers = np.arange(size.images, dtype=np.uint32)
         self.settings = SimpleNamespace(
@@ -47,7 +49,7 @@ class Work:
         tree = jax.eval_shape(partial(init_lora, config=self.lora), self.key, self.shapes.params)
         self.adapters = {name: jax.tree.map(self._adapter, tree) for name in (CURRENT, OLD)}
         for name, adapter in self.adapters.items():
-            (folder / name).mkdir()
+            (folder / name).mkdir(exist_ok=True)
             write_peft(folder / name, adapter_of(adapter, self.shapes.weight_rules, self.lora), "")
 
     def normal(self, *shape: int) -> np.ndarray:
@@ -73,10 +75,12 @@ class Work:
 
     def generator(self, dtype: str) -> Generator:
         """Ours, with transformer and autoencoder; its text encoders are shapes, and not called."""
-        made = self._abstract(dtype)
-        made.params = nnx.state(models.from_pretrained(self.weights / "transformer", dtype=dtype, mesh=self.mesh))
-        made.vae_params = nnx.state(models.from_pretrained(self.weights / "vae", dtype="float32", mesh=self.mesh))
-        return made
+        if dtype not in self._made:
+            made = self._abstract(dtype)
+            made.params = nnx.state(models.from_pretrained(self.weights / "transformer", dtype=dtype, mesh=self.mesh))
+            made.vae_params = nnx.state(models.from_pretrained(self.weights / "vae", dtype="float32", mesh=self.mesh))
+            self._made[dtype] = made
+        return self._made[dtype]
 
     def placed_conditioning(self, dtype: str):
         """As our text encoders leave it: floats in the dtype of their weights, whole on every device."""

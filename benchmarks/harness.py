@@ -327,6 +327,26 @@ def without_path(words: list[str]) -> list[str]:
     return kept[:at] + kept[at + 2 :]
 
 
+def header(question: str, words: list[str], options: dict) -> dict:
+    """What a result says of its making. words: of the command line, behind the question's."""
+    return {
+        "question": question,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", "-m", f"benchmarks.{question}", *without_path(words)]),
+        "revision": revision(),
+        "machine": machine(),
+        "versions": versions(),
+        "options": options,
+    }
+
+
+def result_file(found: dict, out: Path) -> Path:
+    """`<question>_<size>_<device>_<date>.json` in the folder `out`, which is made."""
+    where = "-".join((found["machine"]["accelerators"] or ["cpu"])[0].lower().split())
+    out.mkdir(parents=True, exist_ok=True)
+    return out / f"{found['question']}_{found['options']['size']}_{where}_{found['date']}.json"
+
+
 def main(question: str, doc: str, cases: Callable[[Options, Path], Iterator[Case]], given=None) -> dict:
     """Measure the cases, print their tables, and write `<question>_<size>_<device>_<date>.json` after each of them.
 
@@ -336,21 +356,9 @@ def main(question: str, doc: str, cases: Callable[[Options, Path], Iterator[Case
     with contextlib.suppress(RuntimeError):  # once JAX has begun, its devices are what they are
         jax.config.update("jax_num_cpu_devices", cores())  # as our configs for CPUs have it
     options = arguments(doc, given)
-    settings = asdict(options) | {"out": None}
-    words = without_path(sys.argv[1:] if given is None else list(given))
-    found = {
-        "question": question,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", "-m", f"benchmarks.{question}", *words]),
-        "revision": revision(),
-        "machine": machine(),
-        "versions": versions(),
-        "options": {name: value for name, value in settings.items() if value is not None},
-        "cases": [],
-    }
-    where = "-".join((found["machine"]["accelerators"] or ["cpu"])[0].lower().split())
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"{question}_{options.size}_{where}_{found['date']}.json"
+    settings = {name: value for name, value in asdict(options).items() if name != "out"}
+    found = header(question, sys.argv[1:] if given is None else list(given), settings) | {"cases": []}
+    file = result_file(found, options.out)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(options, Path(folder)):
             measured = measure(case, options.rounds)

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from firm_jax.charts import COLOURS, line_chart
+from benchmarks.figures import Panel, figure
 
 ROOT = Path(__file__).parents[1]
 EVALUATIONS = 3  # after the one before training
@@ -115,32 +115,14 @@ def _change(points: Sequence[tuple[int, float, float | None]]) -> str:
     return f"{before:.3f} -> {after:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
-def figure(task: Task, runs: Mapping[str, Sequence[Mapping]]) -> str:
-    """A panel for each metric over the epochs, a line a reward, as one SVG that stands by itself."""
-    width, height, top = 420, 210, 26
+def drawn(task: Task, runs: Mapping[str, Sequence[Mapping]]) -> str:
+    """A panel for each metric over the epochs, a line a reward, as one SVG."""
     panels = []
-    for place, (metric, heading) in enumerate(task.metrics.items()):
+    for metric, heading in task.metrics.items():
         points = {reward: curves(rows, metric) for reward, rows in runs.items()}
         errors = {reward: [(x, e) for x, _, e in line if e is not None] for reward, line in points.items()}
-        svg = line_chart({reward: [(x, y) for x, y, _ in line] for reward, line in points.items()}, errors)
-        place_at = f'<svg x="{place * width}" y="{top}" width="{width}" height="{height}" '
-        panels.append(f'<text class="head" x="{place * width + 52}" y="18">{heading}</text>')
-        panels.append(svg.replace("<svg ", place_at, 1))
-    legend = []
-    for place, (reward, colour) in enumerate(zip(runs, COLOURS, strict=False)):
-        left, down = 60 + place * (width * len(task.metrics) // len(runs)), top + height + 18
-        legend.append(f'<circle cx="{left}" cy="{down - 4}" r="5" fill="{colour}"/>')
-        legend.append(f'<text class="head" x="{left + 10}" y="{down}">{reward}</text>')
-    total = width * len(task.metrics), top + height + 34
-    style = (
-        "text{font-family:sans-serif;fill:#333}.head{font-size:13px}.tick{font-size:11px}.grid{stroke:#ddd;"
-        "stroke-width:1}"
-    )
-    return (
-        f'<svg viewBox="0 0 {total[0]} {total[1]}" width="{total[0]}" xmlns="http://www.w3.org/2000/svg">'
-        f'<style>{style}</style><rect width="100%" height="100%" fill="white"/>'
-        f"{''.join(panels)}{''.join(legend)}</svg>"
-    )
+        panels.append(Panel(heading, {reward: [(x, y) for x, y, _ in line] for reward, line in points.items()}, errors))
+    return figure(panels, columns=len(panels))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reward: {metric: curves(rows, metric) for metric in task.metrics} for reward, rows in runs.items()
         }
         texts.append(f"{name}, {epochs[name]} epochs, seed {given.seed}\n\n{table(task, runs)}\n")
-        (out / f"{name}.svg").write_text(figure(task, runs))
+        (out / f"{name}.svg").write_text(drawn(task, runs))
     (out / "ablation.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "ablation.md").write_text("\n".join(texts))
     print("\n".join(texts) + f"\n{(time.perf_counter() - begun) / 60:.1f} minutes")

@@ -76,7 +76,7 @@ def flops(work: Work) -> float:
 
 def drawing(question: str, size: Diffusion, options: Options, folder: Path) -> Case:
     """The rollout of one size, of any family."""
-    work = Work(size, folder, options)
+    work = Work(size, folder, options.mesh(size.images))
     made, skipped = [ours(work, dtype) for dtype in options.dtypes], {}
     if why := absent("diffusers", "peft"):
         skipped["PyTorch"] = why

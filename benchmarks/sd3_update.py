@@ -188,7 +188,7 @@ class TorchUpdate:
 
 def learning(question: str, size: Diffusion, options: Options, folder: Path) -> Case:
     """The update of one size, of any family."""
-    work = Work(size, folder, options)
+    work = Work(size, folder, options.mesh(size.images))
     samples = Samples(work)
     made, skipped = [ours(work, samples, dtype) for dtype in options.dtypes], {}
     if why := absent("diffusers", "peft"):

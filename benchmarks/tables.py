@@ -27,17 +27,23 @@ def page(results: Iterable[dict]) -> str:
 
 def section(result: dict) -> str:
     """One result: where, when and how it was measured, and a table of each case."""
+    lines = [f"## {title(result)}", "", origin(result), ""]
+    return "\n".join([*lines, *(part for case in result["cases"] for part in table(case))])
+
+
+def title(result: dict) -> str:
+    return f"`{result['question']}`, {result['options']['size']}, {result['date']}"
+
+
+def origin(result: dict) -> str:
+    """The line on where and how a result was measured."""
     machine, versions = result["machine"], result["versions"]
     device = ", ".join(machine["accelerators"]) or f"{machine['cores']} cores of {machine['cpu']}"
     others = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions)
-    lines = [
-        f"## `{result['question']}`, {result['options']['size']}, {result['date']}",
-        "",
+    return (
         f"`{result['command']}` on {device}; {others}; commit {result['revision'][:12]}"
-        f"{', with changes' * result['revision'].endswith('-dirty')}; load before it {machine['load_before']}.",
-        "",
-    ]
-    return "\n".join([*lines, *(part for case in result["cases"] for part in table(case))])
+        f"{', with changes' * result['revision'].endswith('-dirty')}; load before it {machine['load_before']}."
+    )
 
 
 def table(case: dict) -> list[str]:
@@ -67,9 +73,9 @@ def table(case: dict) -> list[str]:
 
 
 def stored() -> list[dict]:
-    """The results that are kept, of those that have cases."""
-    every = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    return [result for result in every if "cases" in result]
+    """The kept results that compare variants; others have pages of their own."""
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    return [result for result in found if "cases" in result]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,10 @@ Point = tuple[float, float]
 
 
 def line_chart(
-    series: Mapping[str, Sequence[Point]], errors: Mapping[str, Sequence[Point]] | None = None, label: str = ""
+    series: Mapping[str, Sequence[Point]],
+    errors: Mapping[str, Sequence[Point]] | None = None,
+    label: str = "",
+    from_zero: bool = False,
 ) -> str:
     """Draw named series over one x axis.
 
@@ -22,6 +25,7 @@ def line_chart(
         series: Name -> points (x, y), ascending in x, all finite.
         errors: Name -> points (x, standard error): drawn as a band of one standard error about the line.
         label: What it is, for who cannot see it.
+        from_zero: The y axis has zero on it, so that heights can be compared.
 
     Returns:
         An `<svg>` element. Dots on the lines tell their values when pointed at.
@@ -31,6 +35,8 @@ def line_chart(
     xs = [x for points in thinned.values() for x, _ in points]
     lows = [y - errors.get(name, {}).get(x, 0) for name, points in thinned.items() for x, y in points]
     highs = [y + errors.get(name, {}).get(x, 0) for name, points in thinned.items() for x, y in points]
+    lows += [0.0] * from_zero
+    highs += [0.0] * from_zero
     x_low, x_high = min(xs), max(xs)
     x_high += x_high == x_low
     y_ticks = nice_ticks(min(lows), max(highs))

@@ -1,5 +1,6 @@
 """Pictures for people: the grid holds every picture and text, the report opens alone and shows what there is."""
 
+import itertools
 import json
 import re
 from xml.etree import ElementTree
@@ -58,6 +59,13 @@ def test_a_chart_is_well_formed_and_thin():
     assert 250 <= len(line.get("points").split()) <= 302
     assert 60 <= len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) <= 102
     assert "a<b: 70.7036 at 4999" in [tip.text for tip in svg.iter("{http://www.w3.org/2000/svg}title")]
+
+
+def test_a_chart_has_zero_on_it_when_asked():
+    for values, asked in itertools.product(([9.0, 9.5], [-9.5, -9.0]), (False, True)):
+        svg = ElementTree.fromstring(line_chart({"a": list(enumerate(values))}, from_zero=asked))
+        ticks = [one for one in svg.iter("{http://www.w3.org/2000/svg}text") if one.get("text-anchor") == "end"]
+        assert ("0" in [one.text for one in ticks]) == asked
 
 
 def a_run(workdir, epochs=4):
