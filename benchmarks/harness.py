@@ -30,6 +30,7 @@ from firm_jax.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+MADE = ("benchmarks/results", "benchmarks/plans", "docs")
 OURS, PYTORCH = "ours", "PyTorch"
 WITH, WITHOUT = "with", "without"  # two ways of ours: something that saves work, and what it costs to do without
 SIZES = ("tiny", "small", "full")
@@ -38,7 +39,7 @@ MODES = ("eager", "compile")
 # Relative L2. Rounding grows over blocks and steps; an output that has nothing to do with it is about 1.4 away.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 WARM_UP = 2  # runs before the first timed one, the one whose outputs are compared among them
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffusers", "peft", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffusers", "peft", "numpy", "libtpu")
 
 
 @dataclass(frozen=True)
@@ -280,13 +281,16 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit that was measured, with "-dirty" where tracked files differ from it; "unknown" outside a clone."""
+    """The commit that was measured, with "-dirty" where tracked files differ from it; "unknown" outside a clone.
+
+    Results and pages, which measurements make and change, are not looked at.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *(f":!{folder}" for folder in MADE))
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import jax
@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 from firm_jax.collectives import collective_bytes
 from firm_jax.mesh import make_mesh
 from firm_jax.topology import GIB, Topology, devices, parse
+
+# An instruction is named after its kernel, with a number behind it.
+_KERNEL = re.compile(r"%(\w+)[.\d]* = .* custom-call\(.*custom_call_target=\"tpu_custom_call\"")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Needs:
     """What one program needs, in bytes a device unless said.
 
     peak: of arguments, temporaries and outputs together, by the compiler's account. fed: as in Program. received: by
-    collectives in one run, by kind. refused: what the compiler says of a program that it cannot place; of its memory
-    no more may be known then than the arguments and one number.
+    collectives in one run, by kind. seconds, cpu_seconds: of compiling, by the clock and of this process's CPU, which
+    other work on the machine changes less. refused: what the compiler says of a program that it cannot place; of its
+    memory no more may be known then than the arguments and one number. kernels: of Pallas, that are in the program.
     """
 
     program: Program
@@ -62,14 +66,39 @@ class Needs:
     received: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     refused: str | None = None
+    cpu_seconds: float = 0.0
+    kernels: tuple[str, ...] = ()
 
     def beside(self, resident: int) -> int:
         """Bytes in use while the program runs, with all that the job keeps."""
         return resident + self.fed + self.peak - self.arguments
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A job that has been compiled for a topology. resident: bytes on each device for the whole run, by what it is."""
+
+    topology: Topology
+    mesh: Mesh
+    resident: Mapping[str, int]
+    needs: Sequence[Needs]
+
+    @property
+    def kept(self) -> int:
+        """Bytes on each device for the whole run."""
+        return sum(self.resident.values())
+
+
 def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say: Callable = print) -> bool:
-    """Compile a config's job for a topology and print what it needs; returns whether it fits.
+    """Compile a config's job for a topology and print what it needs; returns whether it fits. See `compile_job`."""
+    made = compile_job(config, name, programs_of, say)
+    fits, verdict = judge(made.topology, made.mesh, made.kept, made.needs)
+    say("\n".join(["", *report(made.topology, made.mesh, made.resident, made.needs), "", verdict]))
+    return fits
+
+
+def compile_job(config, name: str, programs_of: Callable[[object, Mesh], Programs], say: Callable = print) -> Plan:
+    """Every program of a config's job, compiled for a topology, and a line said of each.
 
     programs_of: the job's programs from its config and a mesh. Nothing is read but the models' configs, and nothing is
     written. Raises ConfigError for a topology, a mesh or a config that is none, and without the compiler for it.
@@ -82,9 +111,7 @@ def plan(config, name: str, programs_of: Callable[[object, Mesh], Programs], say
     for program in job.programs():
         needs.append(measure(program, mesh))
         say(f"compiled {program.name} in {needs[-1].seconds:.0f} s", flush=True)
-    fits, verdict = judge(topology, mesh, sum(resident.values()), needs)
-    say("\n".join(["", *report(topology, mesh, resident, needs), "", verdict]))
-    return fits
+    return Plan(topology, mesh, resident, needs)
 
 
 def shard_bytes(tree) -> int:
@@ -95,15 +122,17 @@ def shard_bytes(tree) -> int:
 
 def measure(program: Program, mesh: Mesh) -> Needs:
     """Compile one program for the mesh's devices and account for it."""
-    fed, start = shard_bytes(program.fed), time.perf_counter()
+    fed, start, start_cpu = shard_bytes(program.fed), time.perf_counter(), time.process_time()
     try:
         with jax.set_mesh(mesh):
             compiled = program.function.lower(*program.arguments, **program.keywords).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return exhausted(program, fed, str(error), time.perf_counter() - start)
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+        return replace(exhausted(program, fed, str(error)), seconds=seconds, cpu_seconds=cpu_seconds)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Needs(
@@ -113,21 +142,28 @@ def measure(program: Program, mesh: Mesh) -> Needs:
         arguments,
         temporaries,
         output,
-        collective_bytes(compiled.as_text(), program.trips),
+        collective_bytes(text, program.trips),
         seconds,
+        cpu_seconds=cpu_seconds,
+        kernels=pallas_kernels(text),
     )
 
 
-def exhausted(program: Program, fed: int, message: str, seconds: float = 0.0) -> Needs:
+def pallas_kernels(text: str) -> tuple[str, ...]:
+    """Names of the Pallas kernels in the text of a program that is compiled for TPUs."""
+    return tuple(sorted(set(_KERNEL.findall(text))))
+
+
+def exhausted(program: Program, fed: int, message: str) -> Needs:
     """What is known of a program that the compiler refuses for its memory."""
     refused = message.strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     arguments = shard_bytes(program.arguments)
     if temporaries := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message):
         size = _bytes(*temporaries.groups())
-        return Needs(program, arguments + size, fed, arguments, size, seconds=seconds, refused=refused)
+        return Needs(program, arguments + size, fed, arguments, size, refused=refused)
     used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     peak = max(arguments, _bytes(*used.groups()) if used else 0)
-    return Needs(program, peak, fed, arguments, peak - arguments, seconds=seconds, refused=refused)
+    return Needs(program, peak, fed, arguments, peak - arguments, refused=refused)
 
 
 def _bytes(number: str, unit: str) -> int:
