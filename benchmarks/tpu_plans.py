@@ -2,8 +2,9 @@
 
     python -m benchmarks.tpu_plans --job sd3 --topology v5e:4x4
 
-compiles every program of that job for that slice and writes `benchmarks/plans/<job>_<topology>.json`. Without --job
-and --topology, all that are not there yet. It needs no TPU and no weights, but `pip install -e '.[tpu]'`.
+compiles every program of that job for that slice, writes `benchmarks/plans/<job>_<topology>.json`, and makes
+`docs/tpu-plans.md` anew from the files there. Without --job and --topology, all that are not there yet. It needs no
+TPU and no weights, but `pip install -e '.[tpu]'`. With --page it compiles nothing.
 """
 
 import argparse
@@ -18,34 +19,21 @@ from pathlib import Path
 
 import jax
 
+from benchmarks import plan_tables
 from benchmarks.harness import ROOT, machine, revision, versions
+from benchmarks.plan_tables import JOBS, PLANS, TOPOLOGIES
 from firm_jax.config import load_config
 from firm_jax.devices import say_nothing_of_absent_devices
 from firm_jax.plan import Needs, Plan, compile_job, judge
 from firm_jax.rl.programs import RLPrograms
-
-PLANS = ROOT / "benchmarks" / "plans"
-# The jobs, by the config that they are: each with the 8B critic on the same chips.
-JOBS = {
-    "sd3": "configs/gen_qma.py",
-    "qwen_image": "configs/gen_qma.py:qwen_image",
-    "qwen_image_edit": "configs/edit_cme.py",
-}
-TOPOLOGIES = (
-    "v5e:4x4",
-    "v6e:2x4",
-    "v5p:2x2x1",
-    "v6e:4x4",
-    "v5e:8x8",
-)  # as Google sells them: v5e-16, v6e-8, v5p-8, ...
 
 
 def file_of(job: str, topology: str) -> Path:
     return PLANS / f"{job}_{topology.replace(':', '_')}.json"
 
 
-def make(job: str, topology: str) -> None:
-    """Compile one job for one topology and keep what it needs. Raises ConfigError as `--plan` does."""
+def make(job: str, topology: str) -> dict:
+    """Compile one job for one topology: what its file holds. Raises ConfigError as `--plan` does."""
     jax.config.update("jax_platforms", "cpu")  # whatever chips this machine has are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled here cannot run here
     say_nothing_of_absent_devices()
@@ -63,9 +51,7 @@ def make(job: str, topology: str) -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    made = compile_job(config, topology, RLPrograms)
-    PLANS.mkdir(exist_ok=True)
-    file_of(job, topology).write_text(json.dumps(found | told(made), indent=1) + "\n")
+    return found | told(compile_job(config, topology, RLPrograms))
 
 
 def told(plan: Plan) -> dict:
@@ -120,14 +106,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", nargs="*", choices=JOBS)
     parser.add_argument("--topology", nargs="*")
+    parser.add_argument("--page", action="store_true", help="only make the page anew")
     asked = parser.parse_args(arguments)
-    for topology, job in itertools.product(asked.topology or TOPOLOGIES, asked.job or JOBS):
+    wanted = [] if asked.page else itertools.product(asked.topology or TOPOLOGIES, asked.job or JOBS)
+    for topology, job in wanted:
         if not (asked.job or asked.topology) and file_of(job, topology).exists():
             continue
         print(f"{job} on {topology}", flush=True)
         # Each in a process of its own: nothing is left of one when the next begins.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(make, job, topology).result()
+            made = pool.submit(make, job, topology).result()
+        PLANS.mkdir(exist_ok=True)
+        file_of(job, topology).write_text(json.dumps(made, indent=1) + "\n")
+    plan_tables.PAGE.write_text(plan_tables.page(plan_tables.stored()))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plan_tables
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'"
 )
@@ -71,8 +73,10 @@ with jax.set_mesh(mesh):
     x = shape(mesh, jnp.bfloat16, P(("data", "fsdp")), 4096, 1024)
     compiled = jax.jit(layers).lower(x, shape(mesh, jnp.bfloat16, P(None, "fsdp"), 6, 1024, 1024)).compile()
     found["received"] = sum(collective_bytes(compiled.as_text()).values())
-    q = shape(mesh, jnp.bfloat16, P(("data", "fsdp")), 16, 256, 4, 64)
-    found["splash"] = "tpu_custom_call" in jax.jit(attention).lower(q, q, q).as_text()
+q = shape(mesh, jnp.bfloat16, P(("data", "fsdp")), 16, 256, 4, 64)
+found["kernels"] = measure(Program("attention", jax.jit(attention), (q, q, q), (), 0, 1), mesh).kernels
+need = measure(Program("product", jax.jit(lambda x: x @ x), (shape(mesh, jnp.float32, P(), 64, 64),), (), 0, 1), mesh)
+found["others"] = need.kernels
 big = shape(mesh, jnp.float32, P("fsdp"), 16, 2**32)  # 16 GiB a chip
 need = measure(Program("big", jax.jit(lambda x: x * 2), (big,), (), 0, 1), mesh)
 found["refused"], found["peak"] = need.refused, need.peak / 2**30
@@ -92,7 +96,7 @@ def test_the_compiled_program_gathers_each_layer_once(small):
 
 
 def test_the_mesh_decides_about_attention_not_the_machine(small):
-    assert small["splash"]
+    assert small["kernels"] == ["splash_mha_fwd_segmented_no_residuals"] and small["others"] == []
 
 
 def test_a_program_beyond_the_memory_is_reported_with_its_size(small):
@@ -105,6 +109,23 @@ def test_two_plans_at_once_do_not_mind_each_other():
     for process in plans:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
+
+
+COUNTED = """
+import json
+from benchmarks.plan_tables import stored
+from firm_jax.topology import devices, parse
+from test_tpu_plans import today
+print(json.dumps([today(plan["job"], devices(parse(plan["topology"]))) for plan in stored()]))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_kept_and_counted_on_every_slice_is_what_is_stored():
+    """Three seconds a plan: nothing is compiled."""
+    for plan, (kept, programs) in zip(plan_tables.stored(), answer(COUNTED, 900), strict=True):
+        assert plan["resident"] == kept
+        assert {one["name"]: [one["flops"], one["calls"]] for one in plan["programs"]} == programs
 
 
 # For v5e:4x4 with the default config, in GiB a chip. What is kept for the whole run is the sharding rules' work alone.
