@@ -39,7 +39,7 @@ def test_a_stored_plan_fits_and_agrees_with_itself(plan):
 
 def today(job: str, devices: list) -> tuple[dict, dict]:
     """Bytes that are kept on each of the devices, and each program's (operations, runs an epoch)."""
-    config = load_config(JOBS[job])
+    config = load_config(str(plan_tables.ROOT / JOBS[job]))
     programs = RLPrograms(config, make_mesh(**config.mesh, devices=devices))
     kept = {what: shard_bytes(tree) for what, tree in programs.resident().items()}
     return kept, {program.name: [program.flops, program.calls] for program in programs.programs()}
@@ -65,32 +65,35 @@ def program(name: str, **given) -> Program:
 
 @pytest.fixture
 def made() -> dict:
-    """A plan of two programs and an evaluation, as a file would hold it."""
-    draw = Needs(program("rollout"), 3 * GIB, GIB, 2 * GIB, GIB, 0, {"all-gather": 1.5 * GIB}, 2.0, None, 1.0)
+    """A plan of three programs and an evaluation, as a file would hold it."""
+    draw = Needs(program("rollout"), 3 * GIB, 9 * GIB, 2 * GIB, GIB, 0, {"all-gather": 1.5 * GIB}, 2.0, None, 1.0)
+    judge = Needs(program("critic: decode", flops=10**12, calls=8), GIB, 0, GIB)
     update = Needs(program("NFT update", calls=1), 9 * GIB, 0, GIB, 8 * GIB, 0, {"all-reduce": GIB, "all-gather": GIB})
     update = replace(update, kernels=("splash_mha_fwd",))
     asked = Needs(program("eval", calls=0), 4 * GIB, 0, GIB, 3 * GIB, 0, {"all-gather": 99 * GIB}, 5.0, None, 4.0)
     mesh = make_mesh(data=1, fsdp=8, devices=jax.devices())
-    told = tpu_plans.told(Plan(parse("v6e:2x4"), mesh, {"generator": 4 * GIB, "critic": GIB}, [draw, update, asked]))
+    told = tpu_plans.told(
+        Plan(parse("v6e:2x4"), mesh, {"generator": 4 * GIB, "critic": GIB}, [draw, judge, update, asked])
+    )
     where = {"job": "sd3", "topology": "v6e:2x4", "model": "someone/model", "images": 4, "command": "python -m it"}
     making = {"date": "2026-01-01", "revision": "abc-dirty", "versions": {"jax": "1", "libtpu": "2"}}
     return json.loads(json.dumps(where | making | {"machine": {"cpu": "x", "cores": 2, "load_before": 1}} | told))
 
 
 def test_a_plan_is_told_with_the_sums_of_an_epoch(made):
-    assert (made["kept"], made["in_use"], made["decided_by"]) == (5 * GIB, 13 * GIB, "NFT update")
+    assert (made["kept"], made["in_use"], made["decided_by"]) == (5 * GIB, 15 * GIB, "rollout")
     assert made["fits"] and made["memory"] == parse("v6e:2x4").generation.hbm
-    assert made["epoch"] == {"flops": 9 * 10**12, "received": {"all-gather": 4 * GIB, "all-reduce": GIB}}
+    assert made["epoch"] == {"flops": 17 * 10**12, "received": {"all-gather": 4 * GIB, "all-reduce": GIB}}
     assert (made["seconds"], made["cpu_seconds"]) == (7, 5)
-    assert [one["in_use"] / GIB for one in made["programs"]] == [7, 13, 8]
+    assert [one["in_use"] / GIB for one in made["programs"]] == [15, 5, 13, 8]
 
 
 def test_the_page_says_what_a_plan_holds_moves_and_lacks(made):
     page = plan_tables.page([made])
-    assert "| model | `v6e:2x4` | 8 | 5.00 GiB | 13.00 GiB | 31.25 GiB | yes | NFT update |" in page
-    assert "| model | `v6e:2x4` | 0.00 | 1.50 | 0.00 | 0.00 | 0.75 | 2.25 | 5 | 5 | 7 |" in page
+    assert "| model | `v6e:2x4` | 8 | 5.00 GiB | 15.00 GiB | 31.25 GiB | yes | rollout |" in page
+    assert "| model | `v6e:2x4` | 0.00 | 1.50 | 0.00 | 2.00 | 0.75 | 4.25 | 5 | 5 | 7 |" in page
     assert "| model | `v6e:2x4` | 4.0 | 1.0 |" in page
-    assert "| model | `v6e:2x4` | NFT update | rollout, eval |" in page
+    assert "| model | `v6e:2x4` | NFT update | rollout, critic: decode, eval |" in page
     assert "Not compiled yet: `configs/gen_qma.py` for `v5e:4x4`, `v5p:2x2x1`, `v6e:4x4`, `v5e:8x8`." in page
     assert "| abc-dirty, with changes |" in page
     made.update({"fits": False, "verdict": "v6e:2x4 does not fit: too much\nTake more chips."})
