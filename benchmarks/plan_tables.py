@@ -38,9 +38,9 @@ and by the clock of a machine on which other work ran.
 """
 SPLASH = """## Splash attention
 
-Programs in whose compiled form Pallas's splash kernel is found, in the backward pass too where there is one. Those
-without it have no attention (splicing, copying, dropping rows) or attention that no kernel takes: T5's, which adds a
-bias; the VAE's, in float32; and the critic's decoding, whose single query stands at a place of its own in each row.
+Programs in whose compiled form Pallas's splash kernel is found. Some attention goes without it everywhere: T5's, which
+adds a bias; the VAE's, in float32; and the critic's decoding, whose single query stands at a place of its own in each
+row. Splicing, copying and dropping rows have none.
 """
 PROGRAMS = """## In use, by program
 
