@@ -5,8 +5,6 @@ under an Explicit mesh would silently lose its batch sharding. Masks are segment
 own segment, and segment 0 is padding that nobody sees.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +15,7 @@ from firm_jax.models.layers import group_heads, join_heads, platform
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _BLOCK = 128  # splash: lengths are padded to a multiple of this
+_UNSEEN = float(jnp.finfo(jnp.float32).min)  # the score of a key that is not seen; no other comes near it
 
 
 def default_implementation(x) -> str:
@@ -68,6 +67,7 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     k, v = (x if isinstance(x, list) else [x] for x in (k, v))
     S, N = q.shape[1:3]
     K, T = k[0].shape[2], sum(part.shape[1] for part in k)
+    q = _scaled(q, scale)
     # Heads first, and said so: left to itself, XLA on a CPU multiplies by keys and values in the wrong order of memory,
     # which takes up to twice as long.
     q, k, v = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), (group_heads(q, K), k, v))
@@ -75,38 +75,41 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     if seen is not None:
         seen = seen[:, None, None]
     if bias is None and len(k) == 1:
-        out = _remade(q, *k, *v, seen, scale)
+        out = _remade(q, *k, *v, seen)
     else:
         bias = bias if bias is None else bias.reshape(bias.shape[0], K, N // K, S, T)
-        out, _ = _attend(q, k, v, seen, scale, bias)
+        out, _ = _attend(q, k, v, seen, bias)
     return join_heads(jnp.moveaxis(out, -2, 1))
 
 
-def _attend(q, k, v, seen, scale, bias=None):
-    """q [B, K, G, S, H], parts of k and v [B, K, T, H], seen [1 or B, 1, 1, S, T] -> what is read, as q, and the
-    logarithm of each query's sum of exponentials, float32 [B, K, G, S, 1]."""
-    scores = _scores(q, k, seen, scale, bias)
+def _scaled(q, scale):
+    return (q.astype(jnp.float32) * scale).astype(q.dtype)
+
+
+def _attend(q, k, v, seen, bias=None):
+    """q [B, K, G, S, H] with the scale in it, parts of k and v [B, K, T, H], seen [1 or B, 1, 1, S, T] -> what is read,
+    as q, and the logarithm of each query's sum of exponentials, float32 [B, K, G, S, 1], infinite if it sees nothing.
+
+    The sums divide what is read and not the weights, which are many more.
+    """
+    scores = _scores(q, k, seen, bias)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
-    weights = _where_seen(seen, weights / total, 0.0).astype(q.dtype)
     ends = np.cumsum([part.shape[2] for part in v])
-    read = [
+    read = sum(
         _mixed("BKGST,BKTH->BKGSH", own, part, jnp.float32)
-        for own, part in zip(jnp.split(weights, ends[:-1], axis=-1), v, strict=True)
-    ]
-    return sum(read).astype(q.dtype), largest + jnp.log(total)
+        for own, part in zip(jnp.split(weights.astype(q.dtype), ends[:-1], axis=-1), v, strict=True)
+    )
+    sees = largest > _UNSEEN
+    return jnp.where(sees, read / total, 0.0).astype(q.dtype), jnp.where(sees, largest + jnp.log(total), jnp.inf)
 
 
-def _scores(q, k, seen, scale, bias=None):
-    scores = jnp.concatenate([_mixed("BKGSH,BKTH->BKGST", q, part, jnp.float32) for part in k], axis=-1) * scale
+def _scores(q, k, seen, bias=None):
+    scores = jnp.concatenate([_mixed("BKGSH,BKTH->BKGST", q, part, jnp.float32) for part in k], axis=-1)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
-    return _where_seen(seen, scores, jnp.finfo(jnp.float32).min)
-
-
-def _where_seen(seen, values, otherwise: float):
-    return values if seen is None else jnp.where(seen, values, otherwise)
+    return scores if seen is None else jnp.where(seen, scores, _UNSEEN)
 
 
 def _mixed(equation: str, a, b, dtype):
@@ -114,24 +117,24 @@ def _mixed(equation: str, a, b, dtype):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _remade(q, k, v, seen, scale):
+@jax.custom_vjp
+def _remade(q, k, v, seen):
     """`_attend` whose backward pass makes the weights again from the sums, as the kernels do: kept, those of all layers
     would be most of what an update holds, and moving them costs more than another product."""
-    return _attend(q, [k], [v], seen, scale)[0]
+    return _attend(q, [k], [v], seen)[0]
 
 
-def _remade_forward(q, k, v, seen, scale):
-    out, log_total = _attend(q, [k], [v], seen, scale)
+def _remade_forward(q, k, v, seen):
+    out, log_total = _attend(q, [k], [v], seen)
     return out, (q, k, v, seen, out, log_total)
 
 
-def _remade_backward(scale, kept, d_out):
+def _remade_backward(kept, d_out):
     q, k, v, seen, out, log_total = kept
-    weights = _where_seen(seen, jnp.exp(_scores(q, [k], seen, scale) - log_total), 0.0)
+    weights = jnp.exp(_scores(q, [k], seen) - log_total)
     d_weights = _mixed("BKGSH,BKTH->BKGST", d_out, v, jnp.float32)
     along = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    d_scores = (weights * (d_weights - along) * scale).astype(q.dtype)
+    d_scores = (weights * (d_weights - along)).astype(q.dtype)
     d_q = _mixed("BKGST,BKTH->BKGSH", d_scores, k, q.dtype)
     d_k = _mixed("BKGST,BKGSH->BKTH", d_scores, q, k.dtype)
     d_v = _mixed("BKGST,BKGSH->BKTH", weights.astype(v.dtype), d_out, v.dtype)
@@ -212,7 +215,7 @@ def _splash(q, k, v, segments, causal, offset, scale):
     S, N = q.shape[1:3]
     if segments is None:
         segments = (jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32))
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q = _scaled(q, scale)
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     q, k, v, *segments = (_pad(x, _BLOCK) for x in (q, k, v, *segments))
     shape = (q.shape[1], k.shape[1])
