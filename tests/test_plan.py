@@ -306,7 +306,7 @@ def test_what_is_planned_for_edits_is_what_the_critic_runs(world, monkeypatch, t
     prompts = [critic.processor.sequence(images, text) for text in texts for images in shown]
     for name in ("encode_images", "embed", "read_prefixes", "copy_prefixes", "prefill"):
         monkeypatch.setattr(decode, name, traced(getattr(decode, name)))
-    monkeypatch.setattr(critic.decoder, "_decode", lambda state, stage, _: [None] * sum(map(len, stage.pieces)))
+    monkeypatch.setattr(critic.decoder, "_decode", lambda state, stage, *_: [None] * sum(map(len, stage.pieces)))
     critic.decoder.generate(prompts, 20)
     monkeypatch.undo()
 

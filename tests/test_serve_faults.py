@@ -51,7 +51,7 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(critic):
     with scripted(critic, opened=False, queue=4, rows=2) as (served, script):
         found = []
         threads = [ask(served, found, other(n), other(n + 1)) for n in (0, 10)]
-        served.wait_until(lambda: served.service.engine.waiting == 2)
+        served.wait_until(lambda: sum(map(len, script.batches[1:])) + served.service.engine.waiting == 4)
         for refused in (served.score(other(20)), served.client.post("/v1/chat/completions", json=CHAT)):
             assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
             assert refused.json()["error"]["code"] == "overloaded"
