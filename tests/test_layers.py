@@ -114,7 +114,7 @@ class Residual(nnx.Module):
         return x + jnp.tanh(self.linear(x)) + shift
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("remat", [None, *REMAT_POLICIES])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_a_scan_is_a_loop_over_its_layers(remat, dtype, tolerance):
     stacked = in_dtype(stack(lambda rngs: Residual(rngs=rngs), 3, nnx.Rngs(0)), dtype)

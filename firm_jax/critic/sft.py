@@ -57,7 +57,7 @@ LORA, ROUNDING = range(2)
 # The step
 
 
-def sft_sums(graphdef, params, batch, *, lora=None, verdict_weight: float = 1.0, remat: str = "none") -> dict:
+def sft_sums(graphdef, params, batch, *, lora=None, verdict_weight: float = 1.0, remat: str | None = None) -> dict:
     """The cross-entropy over the tokens of the assistant's turns, as sums; verdicts count `verdict_weight` times.
 
     batch: what `collate` returns, with the image table's `patches` and `grids`. lora: adapters beside the parameters,

@@ -258,7 +258,7 @@ class Generator:
         return integrate(velocity, noise, sigmas, solver=solver, key=key)
 
     def velocity(
-        self, params, lora, x: Float[Array, "B h w C"], t: Float[Array, "B"], conditioning, *, remat: str = "none"
+        self, params, lora, x: Float[Array, "B h w C"], t: Float[Array, "B"], conditioning, *, remat: str | None = None
     ) -> Float[Array, "B h w C"]:
         """The predicted `noise - image`, float32, at noise share t in [0, 1]; pure, for rollout and training alike."""
         raise NotImplementedError

@@ -184,7 +184,7 @@ class QwenImageGenerator(Generator):
         t: Float[Array, "B"],
         conditioning: QwenConditioning,
         *,
-        remat: str = "none",
+        remat: str | None = None,
     ) -> Float[Array, "B h w C"]:
         """See `Generator.velocity`."""
         transformer = nnx.merge(self.graphdef, params)

@@ -140,7 +140,7 @@ class SD3Generator(Generator):
         t: Float[Array, "B"],
         conditioning: Conditioning,
         *,
-        remat: str = "none",
+        remat: str | None = None,
     ) -> Float[Array, "B h w C"]:
         """See `Generator.velocity`."""
         transformer = nnx.merge(self.graphdef, params)

@@ -337,21 +337,25 @@ REMAT_POLICIES = {
 }
 
 
-def scan_layers(stacked: nnx.Module, body: Callable, carry, inputs=None, *, remat: str = "none", unroll: bool = False):
+def scan_layers(
+    stacked: nnx.Module, body: Callable, carry, inputs=None, *, remat: str | None = None, unroll: bool = False
+):
     """Run `carry, output = body(layer, carry, input)` over a stack of layers; `inputs` have a leading L too.
 
-    `remat` names one of REMAT_POLICIES: what the backward pass keeps of each layer instead of computing it again.
+    `remat` names one of REMAT_POLICIES: what the backward pass keeps of each layer instead of computing it again. None
+    where there is no backward pass; one that comes nevertheless is right, but slow.
     unroll: whether the program has every layer on its own, which takes longer to compile.
     Returns the last carry and the outputs stacked [L, ...].
     """
     graphdef, params = nnx.split(stacked)
-    bits = jax.tree.map(as_bits, params)
+    # A backward pass would keep each layer's weights, made of their bits, where it reads slices of the stack otherwise.
+    bits = jax.tree.map(as_bits, params) if remat is None else params
 
     def step(carry, scanned):
         *layer_params, layer_input = scanned
         return body(nnx.merge(graphdef, jax.tree.map(_made_of, *layer_params)), carry, layer_input)
 
-    if remat != "none":
+    if remat not in (None, "none"):
         step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return jax.lax.scan(step, carry, (bits, params, inputs), unroll=unroll)
 

@@ -202,7 +202,7 @@ class Qwen2_5VL(nnx.Module):
             Linear(config.text.hidden_size, config.text.vocab_size, bias=False, rngs=rngs) if own_head else None
         )
 
-    def encode_images(self, patches, grids, *, remat: str = "none"):
+    def encode_images(self, patches, grids, *, remat: str | None = None):
         """Images as the language model takes them, each in a row of its own.
 
         patches [M, P, C*T*ph*pw] in merge-block order, padded to P; grids [M, 2] int32 (rows, columns in patches),
@@ -228,7 +228,7 @@ class Qwen2_5VL(nnx.Module):
         positions: Int[Array, "3 B T"],
         segments: Int[Array, "B T"],
         *,
-        remat: str = "none",
+        remat: str | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm: transformers' `hidden_states[-1]`.
 

@@ -147,7 +147,7 @@ class Qwen2_5VLVision(nnx.Module):
         self.blocks = stack(lambda rngs: VisionBlock(config, rngs=rngs), config.depth, rngs)
         self.merger = PatchMerger(config, rngs=rngs)
 
-    def __call__(self, patches, grids, *, remat: str = "none"):
+    def __call__(self, patches, grids, *, remat: str | None = None):
         """patches [M, P, C*T*ph*pw] in merge-block order, grids [M, 2] (rows, columns) with rows * columns <= P.
 
         Returns features [M, P / merge^2, O]. What stands beyond an image's own patches is meaningless.

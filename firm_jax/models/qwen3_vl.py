@@ -187,7 +187,7 @@ class Qwen3VL(nnx.Module):
         D, V = config.text.hidden_size, config.text.vocab_size
         self.lm_head = Linear(D, V, bias=False, rngs=rngs) if own_head else None
 
-    def encode_images(self, patches, grids, *, lora: dict | None = None, remat: str = "none"):
+    def encode_images(self, patches, grids, *, lora: dict | None = None, remat: str | None = None):
         """Images as the language model takes them, each in a row of its own.
 
         patches [M, P, C*T*ph*pw] in merge-block order, padded to P; grids [M, 2] int32 (rows, columns in patches),
@@ -219,7 +219,7 @@ class Qwen3VL(nnx.Module):
         kv_segments=None,
         recent=None,
         lora: dict | None = None,
-        remat: str = "none",
+        remat: str | None = None,
     ):
         """Hidden states [B, T, D] after the final norm, and the cache.
 

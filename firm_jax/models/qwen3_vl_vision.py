@@ -236,7 +236,7 @@ class Qwen3VLVision(nnx.Module):
             lambda rngs: PatchMerger(config, joined_norm=True, rngs=rngs), len(config.deepstack_visual_indexes), rngs
         )
 
-    def __call__(self, patches, grids, *, lora: dict | None = None, remat: str = "none"):
+    def __call__(self, patches, grids, *, lora: dict | None = None, remat: str | None = None):
         """patches [M, P, C*T*ph*pw] in merge-block order, grids [M, 2] (rows, columns) with rows * columns <= P.
         lora: adapters over this tower's own paths.
 

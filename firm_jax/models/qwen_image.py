@@ -213,7 +213,7 @@ class QwenImageTransformer(nnx.Module):
         *,
         sources: Sources | None = None,
         lora: dict | None = None,
-        remat: str = "none",
+        remat: str | None = None,
         attention_implementation: str | None = None,
         with_tokens: bool = False,
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B S D"]]:

@@ -179,7 +179,7 @@ class SD3Transformer(nnx.Module):
         pooled: Float[Array, "B P"],
         *,
         lora: dict | None = None,
-        remat: str = "none",
+        remat: str | None = None,
         attention_implementation: str | None = None,
         with_tokens: bool = False,
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B S D"]]:
