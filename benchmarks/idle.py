@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, without_path
+from benchmarks.harness import RESULTS
 from benchmarks.jobs import run_job, store
 from firm_jax.idle import idle, read_trace
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--config", nargs="+", help="instead of the size's own")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     given, more = parser.parse_known_args(arguments)
-    words = without_path(sys.argv[1:] if arguments is None else list(arguments))
+    words = sys.argv[1:] if arguments is None else list(arguments)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         configs = given.config or CONFIGS[given.size]

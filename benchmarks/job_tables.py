@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from benchmarks import idle, start
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.tables import origin
 
 PAGE = ROOT / "docs" / "job-results.md"
 HEAD = """# Whole jobs: results
@@ -27,15 +28,7 @@ def page(results: Sequence[dict]) -> str:
 
 def section(result: dict) -> str:
     """One result: where, when and how it was measured, and its table."""
-    device = ", ".join(result["machine"]["accelerators"]) or f"{result['machine']['cores']} cores of a CPU"
-    changed = ", with changes" * result["revision"].endswith("-dirty")
-    lines = [
-        f"## `{result['question']}`, {result['label']}, {result['date']}",
-        "",
-        f"`{result['command']}` on {device} ({result['machine']['cpu']}); jax {result['versions'].get('jax')}; commit "
-        f"{result['revision'][:12]}{changed}; load before it {result['machine']['load_before']}.",
-        "",
-    ]
+    lines = [f"## `{result['question']}`, {result['label']}, {result['date']}", "", origin(result), ""]
     return "\n".join([*lines, *{"idle": idle.table, "start": start.table}[result["question"]](result), ""])
 
 

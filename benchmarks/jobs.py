@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import ROOT, machine, revision, versions
+from benchmarks.harness import ROOT, header, result_file
 
 STOPPED = 75  # main.py's exit code after SIGTERM
 LOOK_SECONDS = 0.2
@@ -66,19 +66,11 @@ def read_lines(workdir: Path) -> list[dict]:
 def store(question: str, label: str, out: Path, words: Sequence[str], load: float, found: dict) -> Path:
     """Write `<question>_<label>_<device>_<date>.json`: what was found, and how it was made.
 
-    words: of the command line, without --out. load: of the machine before the first job. To be called when all jobs
+    words: of the command line. load: of the machine before the first job. To be called when all jobs
     have ended: this process then takes hold of the devices, to name them.
     """
-    head = {
-        "question": question,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", "-m", f"benchmarks.{question}", *words]),
-        "revision": revision(),
-        "machine": machine() | {"load_before": round(load, 2)},
-        "versions": versions(),
-    }
-    where = "-".join((head["machine"]["accelerators"] or ["cpu"])[0].lower().split())
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{question}_{label}_{where}_{head['date']}.json"
+    head = header(question, list(words), {"size": label})
+    head["machine"]["load_before"] = round(load, 2)
+    file = result_file(head, out)
     file.write_text(json.dumps(head | found, indent=1) + "\n")
     return file

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, without_path
+from benchmarks.harness import RESULTS
 from benchmarks.jobs import Ran, run_job, store
 
 STARTS = ("with nothing compiled", "with the cache")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--config", default="configs/gen_qma.py:tiny")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     given, more = parser.parse_known_args(arguments)
-    words = without_path(sys.argv[1:] if arguments is None else list(arguments))
+    words = sys.argv[1:] if arguments is None else list(arguments)
     load, starts = os.getloadavg()[0], {}
     with tempfile.TemporaryDirectory() as folder:
         cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache")}
