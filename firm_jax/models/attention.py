@@ -71,14 +71,21 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     # Heads first, and said so: left to itself, XLA on a CPU multiplies by keys and values in the wrong order of memory,
     # which takes up to twice as long.
     q, k, v = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), (group_heads(q, K), k, v))
+    # Nor is a group of one a dimension in float32, where its copies cost a sixth. bfloat16 products need it: without,
+    # they are made of operands converted to float32.
+    alone = N == K and q.dtype == jnp.float32
+    if alone:
+        q = q[:, :, 0]
     seen = visible(segments, positions if causal else None, T)
     if seen is not None:
-        seen = seen[:, None, None]
+        seen = jnp.expand_dims(seen, (1,) if alone else (1, 2))
     if bias is None and len(k) == 1:
         out = _remade(q, *k, *v, seen)
     else:
-        bias = bias if bias is None else bias.reshape(bias.shape[0], K, N // K, S, T)
+        bias = bias if bias is None or alone else bias.reshape(bias.shape[0], K, N // K, S, T)
         out, _ = _attend(q, k, v, seen, bias)
+    if alone:
+        out = out[:, :, None]
     return join_heads(jnp.moveaxis(out, -2, 1))
 
 
@@ -90,7 +97,7 @@ def _attend(q, k, v, seen, bias=None):
     """q [B, K, G, S, H] with the scale in it, parts of k and v [B, K, T, H], seen [1 or B, 1, 1, S, T] -> what is read,
     as q, and the logarithm of each query's sum of exponentials, float32 [B, K, G, S, 1], infinite if it sees nothing.
 
-    The sums divide what is read and not the weights, which are many more.
+    Without G in q, there is none in the others. The sums divide what is read and not the weights, which are many more.
     """
     scores = _scores(q, k, seen, bias)
     largest = scores.max(-1, keepdims=True)
@@ -98,7 +105,7 @@ def _attend(q, k, v, seen, bias=None):
     total = weights.sum(-1, keepdims=True)
     ends = np.cumsum([part.shape[2] for part in v])
     read = sum(
-        _mixed("BKGST,BKTH->BKGSH", own, part, jnp.float32)
+        _mixed("BK...ST,BKTH->BK...SH", own, part, jnp.float32)
         for own, part in zip(jnp.split(weights.astype(q.dtype), ends[:-1], axis=-1), v, strict=True)
     )
     sees = largest > _UNSEEN
@@ -106,7 +113,7 @@ def _attend(q, k, v, seen, bias=None):
 
 
 def _scores(q, k, seen, bias=None):
-    scores = jnp.concatenate([_mixed("BKGSH,BKTH->BKGST", q, part, jnp.float32) for part in k], axis=-1)
+    scores = jnp.concatenate([_mixed("BK...SH,BKTH->BK...ST", q, part, jnp.float32) for part in k], axis=-1)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     return scores if seen is None else jnp.where(seen, scores, _UNSEEN)
@@ -132,12 +139,13 @@ def _remade_forward(q, k, v, seen):
 def _remade_backward(kept, d_out):
     q, k, v, seen, out, log_total = kept
     weights = jnp.exp(_scores(q, [k], seen) - log_total)
-    d_weights = _mixed("BKGSH,BKTH->BKGST", d_out, v, jnp.float32)
+    d_weights = _mixed("BK...SH,BKTH->BK...ST", d_out, v, jnp.float32)
     along = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_scores = (weights * (d_weights - along)).astype(q.dtype)
-    d_q = _mixed("BKGST,BKTH->BKGSH", d_scores, k, q.dtype)
-    d_k = _mixed("BKGST,BKGSH->BKTH", d_scores, q, k.dtype)
-    d_v = _mixed("BKGST,BKGSH->BKTH", weights.astype(v.dtype), d_out, v.dtype)
+    d_q = _mixed("BK...ST,BKTH->BK...SH", d_scores, k, q.dtype)
+    summed = "BKGST,BKGSH->BKTH" if q.ndim == 5 else "BKST,BKSH->BKTH"
+    d_k = _mixed(summed, d_scores, q, k.dtype)
+    d_v = _mixed(summed, weights.astype(v.dtype), d_out, v.dtype)
     return d_q, d_k, d_v, None
 
 

@@ -1,7 +1,6 @@
 """CLIP's text encoder with its projection (Radford et al. 2021, arXiv 2103.00020): CLIP-L and OpenCLIP bigG."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,11 +11,11 @@ from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Embedding, LayerNorm, Linear, scan_layers, stack
+from firm_jax.models.layers import Embedding, LayerNorm, Linear, activate, gelu, scan_layers, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
 }
 # Before eos_token_id was put right in the published configs it read 2, which is not the id that ends a text.
 _LEGACY_EOS = 2
@@ -116,7 +115,7 @@ class CLIPTextLayer(nnx.Module):
             q, k, v = (project(y).reshape(B, T, heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
             x = x + self.out_proj(attention(q, k, v, causal=True).reshape(B, T, D))
         with jax.named_scope("mlp"):
-            return x + self.fc2(ACTIVATIONS[self.config.hidden_act](self.fc1(self.layer_norm2(x))))
+            return x + self.fc2(activate(ACTIVATIONS[self.config.hidden_act], self.fc1(self.layer_norm2(x))))
 
 
 class CLIPTextModel(nnx.Module):

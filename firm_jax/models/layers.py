@@ -93,7 +93,7 @@ def _contract(equation: str, x, weights, contracted: int, dtype):
         for last in (_spec(x)[-1], _spec(weights)[contracted]):  # the partitioner finds no good way for both at once
             x = jax.sharding.reshard(x, P(*leading, last))
         beside = NamedSharding(jax.typeof(x).sharding.mesh, P(*leading, kept))
-    if dtype is None and x.dtype == weights.dtype == jnp.bfloat16 and platform(x) == "cpu":
+    if dtype is None and x.dtype == weights.dtype and platform(x) == "cpu":
         y = _product_on_cpu(equation, beside, x, weights)
     else:
         y = jnp.einsum(equation, x, weights, out_sharding=beside, preferred_element_type=dtype)
@@ -102,11 +102,11 @@ def _contract(equation: str, x, weights, contracted: int, dtype):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product_on_cpu(equation: str, sharding, x, weights):
-    """The einsum of bfloat16 operands, and its gradients, each with float32 sums that are rounded at the end.
+    """The einsum of operands of one dtype, and its gradients, each with float32 sums that are rounded at the end.
 
     That is what accelerators do by themselves. On a CPU it has to be asked for: a product that is bfloat16 from the
     start is made of operands converted to float32, without the instructions that multiply bfloat16, and takes several
-    times as long.
+    times as long. In float32 it is the order of the gradients' operands that has to be said.
     """
     return jnp.einsum(equation, x, weights, out_sharding=sharding, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -121,7 +121,10 @@ def _product_backward(equation, sharding, operands, cotangent):
     x_names, weight_names, y_names = re.split(",|->", equation.replace("...", rows))
     x_split, weights_split = (None if jax.typeof(a).sharding.mesh.empty else jax.typeof(a).sharding for a in operands)
     d_x = _product_on_cpu(f"{y_names},{weight_names}->{x_names}", x_split, cotangent, weights)
-    d_weights = _product_on_cpu(f"{x_names},{y_names}->{weight_names}", weights_split, x, cotangent)
+    # XLA transposes what stands first, with all of what it is made by: better the narrower, for LoRA a few columns.
+    named = sorted(((x, x_names), (cotangent, y_names)), key=lambda one: one[0].shape[-1])
+    (first, first_names), (second, second_names) = named
+    d_weights = _product_on_cpu(f"{first_names},{second_names}->{weight_names}", weights_split, first, second)
     return d_x, d_weights
 
 
@@ -250,6 +253,19 @@ class Embedding(nnx.Module):
         return _contract("...D,VD->...V", x, self.embedding[...], 1, dtype)
 
 
+def activate(function: Callable, x):
+    """An elementwise function of x, computed in float32 and rounded once, as PyTorch does.
+
+    A backward pass keeps x alone and computes the function again: what it is made of would be twice as wide.
+    """
+    return jax.checkpoint(lambda x: function(x.astype(jnp.float32)).astype(x.dtype), prevent_cse=False)(x)
+
+
+def gelu(x):
+    """Without the approximation by tanh, which `jax.nn.gelu` is."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class LayerNorm(nnx.Module):
     """Mean and variance over the last dimension; scale and shift only when `affine`."""
 
@@ -344,10 +360,12 @@ def scan_layers(
 
     `remat` names one of REMAT_POLICIES: what the backward pass keeps of each layer instead of computing it again. None
     where there is no backward pass; one that comes nevertheless is right, but slow.
-    unroll: whether the program has every layer on its own, which takes longer to compile.
+    unroll: whether the program has every layer on its own, which takes longer to compile. So it is without being asked
+    where a CPU keeps everything for a backward pass: a tenth of an update there was copying to the stacks and back.
     Returns the last carry and the outputs stacked [L, ...].
     """
     graphdef, params = nnx.split(stacked)
+    unroll |= remat == "none" and platform(jax.tree.leaves(params)[0]) == "cpu"
     # A backward pass would keep each layer's weights, made of their bits, where it reads slices of the stack otherwise.
     bits = jax.tree.map(as_bits, params) if remat is None else params
 

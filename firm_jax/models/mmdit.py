@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from firm_jax.models.attention import attention
-from firm_jax.models.layers import Linear, RMSNorm, reshape, rotate, split_heads
+from firm_jax.models.layers import Linear, RMSNorm, activate, reshape, rotate, split_heads
 from firm_jax.models.lora import child
 
 TIME_FEATURES = 256
@@ -127,4 +127,4 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x, lora=None):
         x = self.net["0"].proj(x, lora=child(lora, "net", "0", "proj"))
-        return self.net["2"](jax.nn.gelu(x, approximate=True), lora=child(lora, "net", "2"))
+        return self.net["2"](activate(jax.nn.gelu, x), lora=child(lora, "net", "2"))

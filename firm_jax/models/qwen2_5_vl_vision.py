@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from firm_jax.errors import ConfigError
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Linear, RMSNorm, reshape, scan_layers, stack
+from firm_jax.models.layers import Linear, RMSNorm, activate, gelu, reshape, scan_layers, stack
 from firm_jax.models.qwen3_vl_vision import NORM_EPSILON, VisionAttention, axial_angles, patch_coordinates
 from firm_jax.models.qwen_text import GatedMLP
 
@@ -126,7 +126,7 @@ class PatchMerger(nnx.Module):
     @jax.named_scope("patch_merger")
     def __call__(self, x):
         x = reshape(self.ln_q(x), x.shape[0], -1, self.joined)
-        return self.mlp["2"](jax.nn.gelu(self.mlp["0"](x), approximate=False))
+        return self.mlp["2"](activate(gelu, self.mlp["0"](x)))
 
 
 class Qwen2_5VLVision(nnx.Module):

@@ -20,6 +20,8 @@ from firm_jax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    activate,
+    gelu,
     reshape,
     rotate,
     scan_layers,
@@ -175,7 +177,7 @@ class VisionMLP(nnx.Module):
         self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x, lora=None):
-        hidden = jax.nn.gelu(self.linear_fc1(x, lora=child(lora, "linear_fc1")), approximate=True)
+        hidden = activate(jax.nn.gelu, self.linear_fc1(x, lora=child(lora, "linear_fc1")))
         return self.linear_fc2(hidden, lora=child(lora, "linear_fc2"))
 
 
@@ -210,7 +212,7 @@ class PatchMerger(nnx.Module):
     def __call__(self, x, lora=None):
         joined = (x.shape[0], -1, self.joined)
         x = self.norm(reshape(x, *joined)) if self.joined_norm else reshape(self.norm(x), *joined)
-        hidden = jax.nn.gelu(self.linear_fc1(x, lora=child(lora, "linear_fc1")), approximate=False)
+        hidden = activate(gelu, self.linear_fc1(x, lora=child(lora, "linear_fc1")))
         return self.linear_fc2(hidden, lora=child(lora, "linear_fc2"))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from firm_jax.models.layers import Embedding, Linear, RMSNorm, reshape, rotate, split_heads, stack, take_rows
+from firm_jax.models.layers import Embedding, Linear, RMSNorm, activate, reshape, rotate, split_heads, stack, take_rows
 from firm_jax.models.lora import child
 
 
@@ -75,7 +75,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x, lora=None):
         gate, up = (getattr(self, name)(x, lora=child(lora, name)) for name in ("gate_proj", "up_proj"))
-        return self.down_proj(jax.nn.silu(gate) * up, lora=child(lora, "down_proj"))
+        return self.down_proj(activate(jax.nn.silu, gate) * up, lora=child(lora, "down_proj"))
 
 
 class TextBlock(nnx.Module):

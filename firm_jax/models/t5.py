@@ -17,7 +17,7 @@ from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, split_heads, stack
+from firm_jax.models.layers import Embedding, Linear, RMSNorm, activate, scan_layers, split_heads, stack
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class T5Block(nnx.Module):
             x = x + self.o(y.reshape(B, T, -1))
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
-            return x + self.wo(jax.nn.gelu(self.wi_0(y), approximate=True) * self.wi_1(y))
+            return x + self.wo(activate(jax.nn.gelu, self.wi_0(y)) * self.wi_1(y))
 
 
 class T5Encoder(nnx.Module):
