@@ -18,6 +18,8 @@ from firm_jax.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    activate,
+    gelu,
     output_sharding,
     project,
     repeat_batch,
@@ -103,6 +105,17 @@ def test_rotation_turns_pairs_and_keeps_lengths():
     np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], -1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("function", [jax.nn.gelu, gelu, jax.nn.silu])
+def test_an_activation_is_rounded_once_and_keeps_its_input_alone(function):
+    x = jnp.asarray(4 * normal(500), jnp.bfloat16)
+    y, pull = jax.vjp(lambda x: activate(function, x), x)
+    exact, exact_pull = jax.vjp(function, x.astype(jnp.float32))
+    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(pull(y)[0], exact_pull(y.astype(jnp.float32))[0].astype(jnp.bfloat16))
+    assert np.any(np.asarray(function(x) != y))  # it does make a difference
+    assert [(kept.shape, kept.dtype) for kept in jax.tree.leaves(pull)] == [((500,), jnp.bfloat16)]
+
+
 # Stacks of layers
 
 
@@ -162,6 +175,29 @@ def test_on_a_cpu_bfloat16_is_not_converted_to_be_sliced():
     assert all(np.abs(leaf.astype(jnp.float32)).max() > 0 for leaf in jax.tree.leaves(gradients))
     rows = np.abs(np.asarray(gradients[0]["embedding"][...], np.float32)).max(1)
     assert set(np.flatnonzero(rows)) == {1, 7} and rows[1] > 1.5 * rows[7]  # taken three times
+
+
+@pytest.mark.parametrize("remat, loops", [(None, True), ("none", False), ("full", True)])
+def test_on_a_cpu_layers_stand_alone_where_a_backward_pass_is_kept_all_of(remat, loops):
+    graphdef, params = nnx.split(stack(lambda rngs: Residual(rngs=rngs), 3, nnx.Rngs(0)))
+
+    def run(params):
+        stacked, x = nnx.merge(graphdef, params), jnp.ones((2, 4))
+        return scan_layers(stacked, lambda layer, x, _: (layer(x, 0), None), x, remat=remat)[0].sum()
+
+    assert (" while(" in jax.jit(jax.grad(run)).lower(params).compile().as_text()) == loops
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_on_a_cpu_a_gradient_never_turns_its_cotangent(width):
+    x, kernel = (jnp.asarray(normal(*shape)) for shape in ((96, 32), (32, width)))
+
+    def gradient(x, kernel):
+        return jax.grad(lambda kernel: jnp.square(project(x, kernel)).sum())(kernel)
+
+    operands = r"dot_general .* : \(tensor<96x(\d+)xf32>, tensor<96x(\d+)xf32>\)"
+    assert re.findall(operands, jax.jit(gradient).lower(x, kernel).as_text()) == [("32", str(width))]
+    np.testing.assert_allclose(jax.jit(gradient)(x, kernel), 2 * x.T @ (x @ kernel), rtol=1e-4, atol=1e-3)
 
 
 # Sharding

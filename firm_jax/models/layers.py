@@ -106,7 +106,7 @@ def _product_on_cpu(equation: str, sharding, x, weights):
 
     That is what accelerators do by themselves. On a CPU it has to be asked for: a product that is bfloat16 from the
     start is made of operands converted to float32, without the instructions that multiply bfloat16, and takes several
-    times as long. In float32 it is the order of the gradients' operands that has to be said.
+    times as long. In float32 it is the order of a gradient's operands that has to be said.
     """
     return jnp.einsum(equation, x, weights, out_sharding=sharding, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -121,10 +121,8 @@ def _product_backward(equation, sharding, operands, cotangent):
     x_names, weight_names, y_names = re.split(",|->", equation.replace("...", rows))
     x_split, weights_split = (None if jax.typeof(a).sharding.mesh.empty else jax.typeof(a).sharding for a in operands)
     d_x = _product_on_cpu(f"{y_names},{weight_names}->{x_names}", x_split, cotangent, weights)
-    # XLA transposes what stands first, with all of what it is made by: better the narrower, for LoRA a few columns.
-    named = sorted(((x, x_names), (cotangent, y_names)), key=lambda one: one[0].shape[-1])
-    (first, first_names), (second, second_names) = named
-    d_weights = _product_on_cpu(f"{first_names},{second_names}->{weight_names}", weights_split, first, second)
+    # XLA transposes what stands first: better x, which lies there, than the cotangent with all that it is made by.
+    d_weights = _product_on_cpu(f"{x_names},{y_names}->{weight_names}", weights_split, x, cotangent)
     return d_x, d_weights
 
 
