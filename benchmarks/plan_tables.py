@@ -78,7 +78,7 @@ def sizes(plans: Sequence[dict]) -> Iterator[str]:
     yield ""
     for plan in plans:
         if not plan["fits"]:
-            yield f"- {name_of(plan)}: {' '.join(plan['verdict'].split())}\n"
+            yield f"- {name_of(plan)}: {'. '.join(plan['verdict'].splitlines())}\n"
 
 
 def missing(plans: Sequence[dict]) -> Iterator[str]:
@@ -99,7 +99,13 @@ def work(plans: Sequence[dict]) -> Iterator[str]:
         cells.append(f"{sum(plan['epoch']['received'].values()) / GIB:,.0f}")
         cells += [f"{plan['cpu_seconds']:,.0f}", f"{plan['seconds']:,.0f}"]
         yield f"| {name_of(plan)} | `{plan['topology']}` | {' | '.join(cells)} |"
-    yield "\nGiB that each chip receives in an epoch, by kind of collective:\n"
+    yield "\nGiB that each chip receives in an epoch, by phase:\n"
+    yield f"| job | topology | {' | '.join(PHASES)} |"
+    yield "|---|---" + "|---" * len(PHASES) + "|"
+    for plan in plans:
+        cells = [f"{received_in(plan, phase) / GIB:,.1f}" for phase in PHASES]
+        yield f"| {name_of(plan)} | `{plan['topology']}` | {' | '.join(cells)} |"
+    yield "\nAnd by kind of collective:\n"
     kinds = sorted({kind for plan in plans for kind in plan["epoch"]["received"]})
     yield f"| job | topology | {' | '.join(kinds)} |"
     yield "|---|---" + "|---" * len(kinds) + "|"
@@ -161,6 +167,12 @@ def flops_of(plan: dict, phase: str) -> int:
     """Of an epoch, over all chips."""
     own = [program for program in plan["programs"] if phase_of(program["name"]) == phase]
     return sum(program["calls"] * program["flops"] for program in own)
+
+
+def received_in(plan: dict, phase: str) -> float:
+    """Bytes that each chip receives in an epoch."""
+    own = [program for program in plan["programs"] if phase_of(program["name"]) == phase]
+    return sum(program["calls"] * sum(program["received"].values()) for program in own)
 
 
 def has_splash(program: dict) -> bool:

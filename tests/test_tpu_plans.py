@@ -33,6 +33,8 @@ def test_a_stored_plan_fits_and_agrees_with_itself(plan):
     assert plan["fits"] or plan["verdict"].splitlines()[0] in plan_tables.PAGE.read_text()
     flops = sum(plan_tables.flops_of(plan, phase) for phase in plan_tables.PHASES)
     assert flops == plan["epoch"]["flops"] > 0, "a program belongs to no phase"
+    received = sum(plan_tables.received_in(plan, phase) for phase in plan_tables.PHASES)
+    assert received == pytest.approx(sum(plan["epoch"]["received"].values()))
     for name in ("rollout", "critic: prefill", "NFT update"):
         assert plan_tables.has_splash(next(program for program in plan["programs"] if program["name"] == name)), name
 
@@ -92,13 +94,14 @@ def test_the_page_says_what_a_plan_holds_moves_and_lacks(made):
     page = plan_tables.page([made])
     assert "| model | `v6e:2x4` | 8 | 5.00 GiB | 15.00 GiB | 31.25 GiB | yes | rollout |" in page
     assert "| model | `v6e:2x4` | 0.00 | 1.50 | 0.00 | 2.00 | 0.75 | 4.25 | 5 | 5 | 7 |" in page
+    assert "| model | `v6e:2x4` | 0.0 | 3.0 | 0.0 | 0.0 | 2.0 |" in page
     assert "| model | `v6e:2x4` | 4.0 | 1.0 |" in page
     assert "| model | `v6e:2x4` | NFT update | rollout, critic: decode, eval |" in page
     assert "Not compiled yet: `configs/gen_qma.py` for `v5e:4x4`, `v5p:2x2x1`, `v6e:4x4`, `v5e:8x8`." in page
     assert "| abc-dirty, with changes |" in page
     made.update({"fits": False, "verdict": "v6e:2x4 does not fit: too much\nTake more chips."})
     page = plan_tables.page([made])
-    assert "| **no** |" in page and "- model: v6e:2x4 does not fit: too much Take more chips." in page
+    assert "| **no** |" in page and "- model: v6e:2x4 does not fit: too much. Take more chips." in page
 
 
 def test_a_kernel_is_found_by_the_instruction_that_calls_it():
