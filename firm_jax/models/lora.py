@@ -1,8 +1,8 @@
 """LoRA as plain trees: `{module path: {"a": [L, I, R], "b": [L, R, O]}}`, nested like the model, in float32.
 
-The tree is an argument of the forward pass, so the current policy, the old one and the reference (a tree of zeros, or
-None inside a larger program, which spares its products) are three calls of one function. Layers know only `a` and `b`:
-the strength alpha / rank is folded into b by `scaled`, once, before the forward pass.
+The tree is an argument of the forward pass, so the current policy, the old one and the reference (a tree of zeros)
+are three calls of one executable. Layers know only `a` and `b`: the strength alpha / rank is folded into b by
+`scaled`, once, before the forward pass.
 """
 
 import math
@@ -75,7 +75,7 @@ def insert(tree: dict, module: str, leaf) -> None:
 
 
 def zeros_like(tree):
-    """The same tree, all zeros: as a policy the reference, for a compiled function that must not be compiled again."""
+    """The reference policy: the same tree, all zeros (not None: another structure would compile again)."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 

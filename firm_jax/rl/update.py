@@ -58,7 +58,7 @@ def make_update(velocity: Callable, optimizer: optax.GradientTransformation, tra
         x_t = noised(part["x0"], noise, t)
         v = velocity(params, scaled(lora, scale), x_t, t, rows)
         v_old = velocity(params, scaled(old, scale), x_t, t, rows)
-        v_ref = velocity(params, None, x_t, t, rows)
+        v_ref = velocity(params, zeros_like(lora), x_t, t, rows)
         return nft_loss(
             v, v_old, v_ref, x_t, part["x0"], t, part["r"],
             beta=train.beta, scale=train.adv_clip, kl_weight=train.kl_weight, valid=part["valid"],
