@@ -1,7 +1,7 @@
 """Every plan in `benchmarks/plans` as one page of Markdown, `docs/tpu-plans.md`. Made by `benchmarks.tpu_plans`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.harness import ROOT
 from firm_jax.topology import GIB
@@ -100,19 +100,20 @@ def work(plans: Sequence[dict]) -> Iterator[str]:
         cells += [f"{plan['cpu_seconds']:,.0f}", f"{plan['seconds']:,.0f}"]
         yield f"| {name_of(plan)} | `{plan['topology']}` | {' | '.join(cells)} |"
     yield "\nGiB that each chip receives in an epoch, by phase:\n"
-    yield f"| job | topology | {' | '.join(PHASES)} |"
-    yield "|---|---" + "|---" * len(PHASES) + "|"
-    for plan in plans:
-        cells = [f"{received_in(plan, phase) / GIB:,.1f}" for phase in PHASES]
-        yield f"| {name_of(plan)} | `{plan['topology']}` | {' | '.join(cells)} |"
+    yield from traffic(plans, PHASES, received_in)
     yield "\nAnd by kind of collective:\n"
     kinds = sorted({kind for plan in plans for kind in plan["epoch"]["received"]})
-    yield f"| job | topology | {' | '.join(kinds)} |"
-    yield "|---|---" + "|---" * len(kinds) + "|"
-    for plan in plans:
-        cells = [f"{plan['epoch']['received'].get(kind, 0) / GIB:,.1f}" for kind in kinds]
-        yield f"| {name_of(plan)} | `{plan['topology']}` | {' | '.join(cells)} |"
+    yield from traffic(plans, kinds, lambda plan, kind: plan["epoch"]["received"].get(kind, 0))
     yield ""
+
+
+def traffic(plans: Sequence[dict], columns: Sequence[str], received: Callable[[dict, str], float]) -> Iterator[str]:
+    """A table of the bytes that `received` gives for a plan and a column, in GiB."""
+    yield f"| job | topology | {' | '.join(columns)} |"
+    yield "|---|---" + "|---" * len(columns) + "|"
+    for plan in plans:
+        cells = [f"{received(plan, column) / GIB:,.1f}" for column in columns]
+        yield f"| {name_of(plan)} | `{plan['topology']}` | {' | '.join(cells)} |"
 
 
 def splash(plans: Sequence[dict]) -> Iterator[str]:

@@ -182,6 +182,7 @@ def test_a_solved_prompt_is_not_drawn_again(finished):
     """What is solved is read from the judgements: a picture that differs in a bit may be scored otherwise."""
     judged = lines(finished / "judgements.jsonl")
     banned, counts = set(), {line["epoch"]: line["prompts/banned"] for line in lines(finished / "metrics.jsonl")[1:]}
+    assert {r["prompt"] for r in judged if r["epoch"] < 2} == set(PROMPTS)
     for epoch in range(3):
         rewards = {}
         for r in judged:

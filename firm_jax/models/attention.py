@@ -71,7 +71,7 @@ def _xla(q, k, v, segments, causal, positions, bias, scale):
     # Heads first, and said so: left to itself, XLA on a CPU multiplies by keys and values in the wrong order of memory,
     # which takes up to twice as long.
     q, k, v = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), (group_heads(q, K), k, v))
-    # Nor is a group of one a dimension in float32, where its copies cost a sixth. bfloat16 products need it: without,
+    # Nor is a group of one a dimension in float32, where its copies cost a tenth. bfloat16 products need it: without,
     # they are made of operands converted to float32.
     alone = N == K and q.dtype == jnp.float32
     if alone:
