@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -345,10 +346,20 @@ def header(question: str, words: list[str], options: dict) -> dict:
 
 
 def result_file(found: dict, out: Path) -> Path:
-    """`<question>_<size>_<device>_<date>.json` in the folder `out`, which is made."""
-    where = "-".join((found["machine"]["accelerators"] or ["cpu"])[0].lower().split())
+    """`<question>_<size>_<device>_<date>.json` in the folder `out`, which is made.
+
+    A CPU's device is "cpu_" and its name, so that what two machines needed stands side by side.
+    """
+    names = found["machine"]["accelerators"]
+    where = "-".join(names[0].lower().split()) if names else f"cpu_{cpu_name(found['machine']['cpu'])}"
     out.mkdir(parents=True, exist_ok=True)
     return out / f"{found['question']}_{found['options']['size']}_{where}_{found['date']}.json"
+
+
+def cpu_name(model: str) -> str:
+    """A CPU's model as part of a file's name: "Intel(R) Xeon(R) Gold 6430 CPU @ 2.10GHz" is "intel-xeon-gold-6430"."""
+    words = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", model.lower())
+    return "-".join(re.findall(r"[a-z0-9.]+", words)) or "unknown"
 
 
 def main(question: str, doc: str, cases: Callable[[Options, Path], Iterator[Case]], given=None) -> dict:

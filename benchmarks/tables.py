@@ -20,8 +20,12 @@ Medians of the rounds, and in brackets their quartiles. [How it is measured](spe
 
 
 def page(results: Iterable[dict]) -> str:
-    """Markdown of results as `harness.main` leaves them: a section each, in the order of question and date."""
-    ordered = sorted(results, key=lambda one: (one["question"], one["options"]["size"], one["date"]))
+    """Markdown of results as `harness.main` leaves them: a section each, in the order of question, device and date."""
+
+    def place(one):
+        return one["question"], one["options"]["size"], device(one["machine"]), one["date"]
+
+    ordered = sorted(results, key=place)
     return "\n".join([HEAD, *map(section, ordered)])
 
 
@@ -32,16 +36,21 @@ def section(result: dict) -> str:
 
 
 def title(result: dict) -> str:
-    return f"`{result['question']}`, {result['options']['size']}, {result['date']}"
+    machine = result["machine"]
+    return f"`{result['question']}`, {result['options']['size']}, {device(machine)}, {result['date']}"
+
+
+def device(machine: dict) -> str:
+    """What the measurement ran on, in a few words."""
+    return ", ".join(machine["accelerators"]) or f"{machine['cores']} cores of {machine['cpu']}"
 
 
 def origin(result: dict) -> str:
     """The line on where and how a result was measured."""
     machine, versions = result["machine"], result["versions"]
-    device = ", ".join(machine["accelerators"]) or f"{machine['cores']} cores of {machine['cpu']}"
     others = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions)
     return (
-        f"`{result['command']}` on {device}; {others}; commit {result['revision'][:12]}"
+        f"`{result['command']}` on {device(machine)}; {others}; commit {result['revision'][:12]}"
         f"{', with changes' * result['revision'].endswith('-dirty')}; load before it {machine['load_before']}."
     )
 

@@ -129,6 +129,23 @@ def test_the_gain_of_a_feature_is_told_for_each_dtype():
     assert found["float32"]["ratio"] == 3.0 and found["float32"]["by_round"] == [2.25, 3.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("AMD EPYC", "amd-epyc"),
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "intel-xeon-platinum-8481c"),
+        ("", "unknown"),
+    ],
+)
+def test_results_of_two_cpus_stand_side_by_side(model, name, tmp_path):
+    found = {"question": "q", "options": {"size": "small"}, "date": "2026-01-02"}
+    made_on = found | {"machine": {"accelerators": [], "cpu": model}}
+    assert harness.result_file(made_on, tmp_path).name == f"q_small_cpu_{name}_2026-01-02.json"
+    gpu = found | {"machine": {"accelerators": ["NVIDIA H200"], "cpu": model}}
+    assert harness.result_file(gpu, tmp_path).name == "q_small_nvidia-h200_2026-01-02.json"
+
+
 def test_a_result_says_how_it_was_made_and_names_nobody(tmp_path, capsys):
     def cases(options, folder):
         assert folder.is_dir() and options.rounds == 3 and options.dtypes == ("float32",)
@@ -139,7 +156,7 @@ def test_a_result_says_how_it_was_made_and_names_nobody(tmp_path, capsys):
     given = ["--size", "small", "--rounds", "3", "--dtype", "float32", "--out", str(tmp_path)]
     harness.main("stubs", "About stubs.", cases, given)
     (file,) = tmp_path.iterdir()
-    assert re.fullmatch(r"stubs_small_cpu_\d{4}-\d\d-\d\d\.json", file.name)
+    assert re.fullmatch(r"stubs_small_cpu_[a-z0-9.-]+_\d{4}-\d\d-\d\d\.json", file.name)
     found = json.loads(file.read_text())
     assert found["command"] == "python -m benchmarks.stubs --size small --rounds 3 --dtype float32"
     assert str(tmp_path) not in file.read_text() and str(Path.home()) not in file.read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import cost_growth, growth_page, harness, tables
 from benchmarks.cost_growth import GROWTH, LAYOUTS, PROGRAMS, Growth, Point
-from benchmarks.harness import OutputsDiffer, Variant
+from benchmarks.harness import OutputsDiffer, Variant, cpu_name
 from benchmarks.sizes import SD3
 
 BASE = replace(SD3["tiny"], height=32, width=16, text_tokens=7, images=4, steps=3, timesteps=1, rank=4)
@@ -38,7 +38,7 @@ def measured(tmp_path_factory):
 def test_the_file_says_what_was_measured_and_how(measured):
     found, file = measured
     assert json.loads(file.read_text()) == found
-    assert file.name == f"cost_growth_tiny_cpu_{found['date']}.json"
+    assert file.name == f"cost_growth_tiny_cpu_{cpu_name(found['machine']['cpu'])}_{found['date']}.json"
     assert found["command"] == "python -m benchmarks.cost_growth --rounds 1 --factors rank devices"
     assert found["options"]["dtype"] == "float32" and found["machine"]["cores"] == 2 and "cases" not in found
     points = [row for factor in ("rank", "devices") for row in found["factors"][factor]["points"]]
