@@ -17,7 +17,9 @@ def write_network(raw: Mapping, folder: Path, dtype: str) -> None:
     """Write the network of a config.json's content with random weights as the folder of a Hugging Face checkpoint.
 
     Kernels keep the size of what they multiply (deviation 1 / sqrt(fan in)), scales scatter around 1 and all else
-    around 0: no norm, bias or zero initialisation makes a part of the network do nothing.
+    around 0: no norm, bias or zero initialisation makes a part of the network do nothing. T5 does not scale its
+    scores, so its queries' kernels do, as those of trained ones: scores eight times as wide would make of attention a
+    choice that turns on a rounding.
     """
     network = models.network_class(class_name(raw))
     graphdef, shapes = nnx.split(models.abstract(network, network.config_class.from_hf(raw)))
@@ -27,6 +29,8 @@ def write_network(raw: Mapping, folder: Path, dtype: str) -> None:
         if name.endswith("kernel"):
             convolution = leaf.ndim > 3  # three dimensions are those of a stack of linear layers
             deviation = float(np.prod(leaf.shape[:-1] if convolution else leaf.shape[-2]) ** -0.5)
+            if name.endswith(".q.kernel"):  # T5's alone are called so
+                deviation *= raw["d_kv"] ** -0.5
         elif name.endswith("scale"):
             mean = 1.0
         return draw(jax.random.key(zlib.crc32(name.encode())), leaf.shape, dtype, mean, deviation)

@@ -65,7 +65,7 @@ def paper() -> ConfigDict:
     config.train = {
         "epochs": 600,
         "updates_per_epoch": 1,
-        "micro_batch": 16,
+        "micro_batch": 64,  # weights are gathered anew for each: fewer, larger ones move less
         "timesteps": 9,  # of the rollout's ten: int(10 * 0.99)
         "learning_rate": 3e-4,
         "b1": 0.9,
@@ -172,6 +172,7 @@ def qwen_image() -> ConfigDict:
     config.lora = {"rank": 64, "alpha": 128.0, "targets": ATTENTION + FEED_FORWARD, "init": "gaussian"}
     config.rollout.update({"steps": 50, "solver": "euler", "max_text_tokens": 512})
     config.train.update({"timesteps": 2, "learning_rate": 1e-4, "kl_weight": 0.0, "ema": 0.0})  # no average, no KL
+    config.train.micro_batch = 16
     config.eval.update({"every": 30, "steps": 50, "max_text_tokens": 512})
     return config
 

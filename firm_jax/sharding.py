@@ -24,16 +24,23 @@ def path_name(path) -> str:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
-    """The spec of one parameter. A mesh axis that does not divide its dimension is left out there."""
+    """The spec of one parameter. A mesh axis that does not divide its dimension is left out there; of several axes of
+    one dimension, which stand from the outermost to the innermost, those stay that divide it together."""
     for pattern, spec in rules:
         if re.search(pattern, path):
             full = (None,) * (len(shape) - len(spec)) + tuple(spec)
-            return P(*(axis if _divides(axis, size, mesh) else None for axis, size in zip(full, shape, strict=True)))
+            return P(*(_dividing(entry, size, mesh) for entry, size in zip(full, shape, strict=True)))
     return P(*(None,) * len(shape))
 
 
-def _divides(axis, size: int, mesh: Mesh) -> bool:
-    return axis is not None and size % mesh.shape[axis] == 0
+def _dividing(entry, size: int, mesh: Mesh):
+    """What of a spec's entry divides a dimension: None, an axis, or several."""
+    kept = []
+    for axis in entry if isinstance(entry, tuple) else (entry,):
+        if axis is not None and size % mesh.shape[axis] == 0:
+            kept.append(axis)
+            size //= mesh.shape[axis]
+    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
 
 def shardings(abstract, rules: Rules, mesh: Mesh):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from benchmarks import (
     critic_decode,
@@ -25,6 +26,7 @@ from benchmarks import (
 )
 from benchmarks.harness import OURS, PYTORCH, WITH, WITHOUT, Case, Options, OutputsDiffer, Variant, distances, measure
 from benchmarks.sizes import CRITIC, QWEN_EDIT, SD3, SFT, parameters
+from benchmarks.weights import write_network
 from firm_jax.generation.generator import pipeline_class
 from firm_jax.mesh import make_mesh
 from firm_jax.published import PIPELINES, QWEN3_VL
@@ -127,6 +129,17 @@ def test_the_gain_of_a_feature_is_told_for_each_dtype():
     found = harness.speedups([*rows, row(WITH, "bfloat16", [9.0])])
     assert found.keys() == {"float32"}
     assert found["float32"]["ratio"] == 3.0 and found["float32"]["by_round"] == [2.25, 3.0, 3.0]
+
+
+def test_random_t5_has_scores_as_wide_as_a_trained_one(tmp_path):
+    raw = dict(SD3["small"].model["text_encoder_3"]) | {"num_layers": 1, "vocab_size": 32}
+    write_network(raw, tmp_path, "float32")
+    weights = load_file(tmp_path / "model.safetensors")
+    deviation = {
+        name: weights[f"encoder.block.0.layer.0.SelfAttention.{name}.weight"].std() * raw["d_model"] ** 0.5
+        for name in ("q", "k")
+    }
+    assert deviation == {"q": pytest.approx(raw["d_kv"] ** -0.5, rel=0.02), "k": pytest.approx(1, rel=0.02)}
 
 
 @pytest.mark.parametrize(

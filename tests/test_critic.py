@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from critic_miniature import REQUESTS, picture, write_miniature
@@ -209,8 +210,17 @@ def test_eight_devices_write_the_same(folder, edits_alone, monkeypatch, axes):
     mesh = make_mesh(**axes)
     sharded = Critic.from_pretrained(folder, dtype="float32", mesh=mesh, max_batch=16)
     kernel = sharded.decoder.params["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
-    assert kernel[...].sharding.spec == P(None, "fsdp", "tensor")
+    assert kernel[...].sharding.spec == P(None, None, ("tensor", "fsdp"))
     assert_same(generate(sharded, edits(), max_new_tokens=16), edits_alone)
+
+
+@pytest.mark.parametrize("likely", [0, 3])
+def test_one_question_at_a_time_on_a_mesh_of_one_device(folder, generations, monkeypatch, likely):
+    """A batch of one is split over axes of one device each, and stays so whatever is sliced from it."""
+    chunk = decode.decode_chunk
+    monkeypatch.setattr(decode, "decode_chunk", lambda *given, **named: chunk(*given, **named, likely=likely)[:3])
+    alone = Critic.from_pretrained(folder, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]), max_batch=1)
+    assert_same(generate(alone, REQUESTS[:2]), generations[:2])
 
 
 def answering(critic, monkeypatch, text: str, probabilities, finish_reason="stop"):

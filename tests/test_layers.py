@@ -231,7 +231,7 @@ def test_a_projection_keeps_the_batch_and_takes_the_kernel_s_columns(mesh, kerne
 
 
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]
-KERNEL_SPECS = [P("fsdp", "tensor"), P("tensor", "fsdp"), P("fsdp", None)]
+KERNEL_SPECS = [P("fsdp", "tensor"), P("tensor", "fsdp"), P("fsdp", None), P(None, ("tensor", "fsdp"))]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -245,7 +245,8 @@ def test_few_rows_go_to_where_the_weights_lie_and_many_stay(sizes, spec, rows):
         on_devices = shard_batch(x, mesh)
         y = jax.jit(project)(on_devices, split)
         np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
-        assert jax.typeof(y).sharding.spec == P(("data", "fsdp"), None, "tensor" if spec[1] == "tensor" else None)
+        wide = "tensor" if spec[1] in ("tensor", ("tensor", "fsdp")) else None
+        assert jax.typeof(y).sharding.spec == P(("data", "fsdp"), None, wide)
         grads = jax.jit(jax.grad(lambda k, x: (project(x, k) ** 2).sum(), argnums=(0, 1)))(split, on_devices)
         program = jax.jit(project).lower(on_devices, split).compile().as_text()
     flat = x.reshape(-1, 32)
@@ -253,7 +254,8 @@ def test_few_rows_go_to_where_the_weights_lie_and_many_stay(sizes, spec, rows):
     np.testing.assert_allclose(grads[1].reshape(flat.shape), 2 * flat @ kernel @ kernel.T, rtol=1e-3, atol=1e-3)
     assert grads[0].sharding.spec == spec
     over = [
-        size // (mesh.shape[axis] if axis == "tensor" else 1) for axis, size in zip(spec, kernel.shape, strict=True)
+        size // (mesh.shape["tensor"] if axis is not None and "tensor" in axis else 1)
+        for axis, size in zip(spec, kernel.shape, strict=True)
     ]
     gathered = re.search(rf"= f32\[{over[0]},{over[1]}\]\S* (all-gather|all-reduce)", program)
     assert (gathered is not None) == (rows == 64)

@@ -22,7 +22,7 @@ from firm_jax.critic.prefixes import GROUP, Batch, Stage, plan_batches
 from firm_jax.critic.processing import Sequence, collate, image_table
 from firm_jax.data.patches import power_of_two
 from firm_jax.mesh import BATCH_AXES, batch_size, on_mesh, shard_batch, to_host
-from firm_jax.models.layers import zeros_beside
+from firm_jax.models.layers import split_as, zeros_beside
 
 CHUNK = 16  # decoding steps between two looks at which rows have ended
 NOTHING = -1  # stands where a row wrote no token
@@ -187,11 +187,11 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, like
         token = jnp.where(allowed, logits, -jnp.inf).argmax(-1).astype(jnp.int32)
         written = jnp.where(state["ended"], NOTHING, token)
         tokens = jax.lax.dynamic_update_slice(tokens, written[:, None], (0, step))
-        of_digits = jnp.stack([logits[:, digit] for digit in rules.digits], axis=-1)
+        of_digits = split_as(jnp.stack([logits[:, digit] for digit in rules.digits], axis=-1), logits)
         digits = jax.lax.dynamic_update_slice(digits, of_digits[:, None], (0, step, 0))
         if likely:
             every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-            own = jnp.take_along_axis(every, token[:, None], axis=1)
+            own = jnp.where(jnp.arange(V) == token[:, None], every, 0).sum(-1, keepdims=True)
             best, ids = jax.lax.top_k(every, likely)
             logs = [
                 jax.lax.dynamic_update_slice(log, new, (0, step, 0)[: log.ndim])
@@ -203,7 +203,7 @@ def decode_chunk(graphdef, params, state, *, rules: TokenRules, steps: int, like
         hidden, recent = model(
             model.language_model.embed_tokens(token[:, None]),
             jnp.broadcast_to(state["position"][None, :, None], (3, B, 1)),
-            state["kv_segments"][:, -1:],
+            split_as(state["kv_segments"][:, -1:], token),
             cache=cache,
             cache_index=step,
             kv_segments=before,

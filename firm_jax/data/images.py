@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import PureWindowsPath
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from firm_jax.errors import DataError
+from firm_jax.typing import Float
 
 MAX_PIXELS = 16_777_216
 MAX_BYTES = 64 * 1024 * 1024

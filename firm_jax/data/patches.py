@@ -1,6 +1,7 @@
 """Images as the vision towers of Qwen2.5-VL and Qwen3-VL take them: resizing, patches, tables of padded rows.
 
-Host work in numpy and Pillow. Numbers equal those of transformers' image processor (Pillow backend).
+Host work in numpy, and in Pillow where an image has to be resized. Numbers equal those of transformers' image
+processor (Pillow backend).
 """
 
 import hashlib
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 
-from firm_jax.data.images import from_array
 from firm_jax.errors import ConfigError, DataError, WeightsError
 from firm_jax.interop.files import read_json
 
 MAX_ASPECT = 200
+BICUBIC = 3  # Pillow's number
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -51,7 +51,7 @@ class ImageConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     rescale: float = 1 / 255
-    resample: int = int(PIL.Image.Resampling.BICUBIC)
+    resample: int = BICUBIC
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ImageConfig":
@@ -83,7 +83,7 @@ class ImageConfig:
             mean=tuple(need(raw.get("image_mean"), "image_mean")),
             std=tuple(need(raw.get("image_std"), "image_std")),
             rescale=raw.get("rescale_factor", 1 / 255),
-            resample=raw.get("resample", int(PIL.Image.Resampling.BICUBIC)),
+            resample=raw.get("resample", BICUBIC),
         )
 
 
@@ -133,13 +133,17 @@ def to_pixels(image) -> np.ndarray:
 
     DataError for any other array.
     """
-    if isinstance(image, PIL.Image.Image):
+    if hasattr(image, "convert"):  # Pillow's
         return np.asarray(image.convert("RGB"))
     try:
         pixels = np.asarray(image)
     except ValueError as error:
         raise DataError("an image is neither a Pillow image nor an array [H, W, 3]") from error
-    return pixels if pixels.dtype == np.uint8 and pixels.shape[2:] == (3,) else np.asarray(from_array(pixels))
+    if pixels.dtype == np.uint8 and pixels.shape[2:] == (3,):
+        return pixels
+    from firm_jax.data.images import from_array
+
+    return np.asarray(from_array(pixels))
 
 
 def image_digest(pixels: np.ndarray) -> str:
@@ -157,9 +161,14 @@ def patch_image(image, config: ImageConfig) -> PatchedImage:
     height, width = smart_resize(
         *pixels.shape[:2], factor=patch * merge, min_pixels=config.min_pixels, max_pixels=config.max_pixels
     )
-    resized = PIL.Image.fromarray(pixels).resize((width, height), resample=PIL.Image.Resampling(config.resample))
-    patches = cut_patches(np.asarray(resized)[None], config)[0]
-    return PatchedImage(patches, (height // patch, width // patch), image_digest(pixels))
+    digest = image_digest(pixels)
+    if pixels.shape[:2] != (height, width):
+        import PIL.Image
+
+        image = PIL.Image.fromarray(pixels)
+        pixels = np.asarray(image.resize((width, height), resample=PIL.Image.Resampling(config.resample)))
+    patches = cut_patches(pixels[None], config)[0]
+    return PatchedImage(patches, (height // patch, width // patch), digest)
 
 
 def cut_patches(images: np.ndarray, config: ImageConfig) -> np.ndarray:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from firm_jax import models
 from firm_jax.errors import ConfigError
@@ -23,6 +22,7 @@ from firm_jax.interop.lora_formats import read_adapter, tree_of
 from firm_jax.mesh import batch_size, on_mesh, place_as, shard_batch, to_host
 from firm_jax.models.layers import repeat_batch, reshape, take_rows
 from firm_jax.models.lora import lora_shardings, scaled
+from firm_jax.typing import Array, Float, Int, PRNGKeyArray
 
 # Pipeline class in model_index.json -> module of this package, class
 PIPELINES = {

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from firm_jax import models
 from firm_jax.fit import fit
@@ -33,6 +32,7 @@ from firm_jax.run import Run
 from firm_jax.shapes import oracle, teach
 from firm_jax.shapes.scene import prompts as shapes_prompts
 from firm_jax.shapes.tokenizers import save_tokenizers
+from firm_jax.typing import Array, Float
 
 
 class Readout(nnx.Module):

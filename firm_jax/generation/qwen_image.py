@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
 
 from firm_jax import models
 from firm_jax.data.patches import ImageConfig, bucket, image_digest, image_processor_json, smart_resize
@@ -23,6 +22,7 @@ from firm_jax.interop.pipeline_folder import check_parts, read_scheduler, write_
 from firm_jax.mesh import batch_size, on_mesh, replicate, shard_batch, to_host
 from firm_jax.models.mmdit import patchify
 from firm_jax.models.qwen_image import Sources, pack_sources
+from firm_jax.typing import Array, Float, Int
 
 LIBRARIES = {"transformer": "diffusers", "vae": "diffusers", "text_encoder": "transformers"}
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from firm_jax.errors import ConfigError
+from firm_jax.typing import Array, Float
 
 # The fields of a FlowMatchEulerDiscreteScheduler configuration, with the values diffusers assumes for absent ones.
 SCHEDULER_DEFAULTS = {

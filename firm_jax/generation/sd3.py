@@ -6,7 +6,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from firm_jax import models
 from firm_jax.errors import ConfigError
@@ -20,6 +19,7 @@ from firm_jax.generation.text import (
     tokenizer_name,
 )
 from firm_jax.interop.pipeline_folder import check_parts, present_parts, read_scheduler, write_index, write_scheduler
+from firm_jax.typing import Array, Float
 
 PIPELINE = "StableDiffusion3Pipeline"
 REQUIRED = ("transformer", "vae", "scheduler", *CLIP_ENCODERS, *map(tokenizer_name, CLIP_ENCODERS))

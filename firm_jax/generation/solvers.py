@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from firm_jax.errors import ConfigError
+from firm_jax.typing import Array, Float, PRNGKeyArray
 
 VelocityFn = Callable[[Array, Array], Array]
 

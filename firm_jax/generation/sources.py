@@ -1,13 +1,19 @@
-"""Source images of edits on the host: their sizes, and how they are resized."""
+"""Source images of edits on the host: their sizes, and how they are resized.
+
+Pillow is imported where an image is handled: who draws without sources needs none.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from firm_jax.data.patches import to_pixels
 from firm_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MULTIPLE = 32  # pixels; of both sides of a source image
 MAX_ASPECT = 8  # one side at most so many times the other
@@ -38,8 +44,10 @@ def cropped_size(height: int, width: int, target: tuple[int, int]) -> tuple[int,
     return max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
 
 
-def to_image(source, crop_to: tuple[int, int] | None = None) -> Image.Image:
+def to_image(source, crop_to: tuple[int, int] | None = None) -> "Image.Image":
     """A Pillow image or array [H, W, 3] as an RGB image, cut about its centre to the aspect ratio `crop_to`."""
+    from PIL import Image
+
     image = Image.fromarray(to_pixels(source))
     if crop_to is None:
         return image
@@ -48,11 +56,13 @@ def to_image(source, crop_to: tuple[int, int] | None = None) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: "Image.Image", size: tuple[int, int]) -> "Image.Image":
     """The image at (height, width), by Lanczos's filter as in the published pipelines."""
+    from PIL import Image
+
     return image.resize(size[::-1], Image.Resampling.LANCZOS)
 
 
-def as_batch(images: Sequence[Image.Image]) -> np.ndarray:
+def as_batch(images: "Sequence[Image.Image]") -> np.ndarray:
     """Images of one size as float32 [B, H, W, 3] in [-1, 1]."""
     return np.stack([np.asarray(image, np.float32) for image in images]) / 127.5 - 1

@@ -11,12 +11,12 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
 
 from firm_jax import models
 from firm_jax.data.records import check_request_text
 from firm_jax.errors import ConfigError, WeightsError
 from firm_jax.mesh import batch_size, on_mesh, replicate, shard_batch, to_host
+from firm_jax.typing import Array, Float, Int
 
 CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
 T5_ENCODER = "text_encoder_3"

@@ -40,7 +40,7 @@ def _without(entry, axes: set[str]):
 
 
 def output_sharding(x, leading: int, *trailing):
-    """x's sharding in its first `leading` dimensions, then `trailing` where those axes are still free.
+    """x's sharding in its first `leading` dimensions, then `trailing` as far as those axes are still free.
 
     None outside a mesh, where there is nothing to state.
     """
@@ -48,7 +48,7 @@ def output_sharding(x, leading: int, *trailing):
     if mesh.empty:
         return None
     kept = _spec(x)[:leading]
-    free = [entry if not _axes([entry]) & _axes(kept) else None for entry in trailing]
+    free = [_without(entry, _axes(kept)) for entry in trailing]
     return NamedSharding(mesh, P(*kept, *free))
 
 
@@ -93,6 +93,10 @@ def _contract(equation: str, x, weights, contracted: int, dtype):
         for last in (_spec(x)[-1], _spec(weights)[contracted]):  # the partitioner finds no good way for both at once
             x = jax.sharding.reshard(x, P(*leading, last))
         beside = NamedSharding(jax.typeof(x).sharding.mesh, P(*leading, kept))
+    elif final is not None and _splits(final.spec[-1], final.mesh) and _names(final.spec[-1]) != _names(kept):
+        # Some of the axes that split the columns stay: the partitioner, left to itself, might gather them as well.
+        entries = [final.spec[-1] if entry == kept else entry for entry in _spec(weights)]
+        weights = jax.sharding.reshard(weights, P(*entries))
     if dtype is None and x.dtype == weights.dtype and platform(x) == "cpu":
         y = _product_on_cpu(equation, beside, x, weights)
     else:
@@ -135,11 +139,16 @@ def platform(x) -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def _splits(entry, mesh) -> bool:
+    """Whether one dimension's entry of a spec cuts it at all."""
+    return any(mesh.shape[axis] > 1 for axis in _names(entry))
+
+
 def _rows_move(x, weights) -> bool:
     """Whether an axis splits rows and weights alike, and moving the rows and their results moves less."""
     mesh = jax.typeof(x).sharding.mesh
     shared = _axes(_spec(x)[:-1]) & _axes(_spec(weights))
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in shared):
+    if mesh.empty or not _splits(tuple(shared), mesh):
         return False
     return math.prod(x.shape[:-1]) * sum(weights.shape) < math.prod(weights.shape)
 
@@ -188,6 +197,13 @@ def zeros_beside(x, shape, dtype, *spec):
 
     fitting = [entry if divides(entry, size) else None for entry, size in zip(spec, shape, strict=True)]
     return jnp.zeros(shape, dtype, out_sharding=NamedSharding(mesh, P(*fitting)))
+
+
+def split_as(x, of):
+    """x [B, ...] with its batch split as `of`'s is: what is sliced from a batch of one may lose the axes."""
+    if jax.typeof(of).sharding.mesh.empty:
+        return x
+    return jax.sharding.reshard(x, P(_spec(of)[0], *_spec(x)[1:]))
 
 
 def group_heads(x, keys: int):

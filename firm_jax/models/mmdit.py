@@ -5,11 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from firm_jax.models.attention import attention
 from firm_jax.models.layers import Linear, RMSNorm, activate, reshape, rotate, split_heads
 from firm_jax.models.lora import child
+from firm_jax.typing import Array, Float
 
 TIME_FEATURES = 256
 ZEROS = nnx.initializers.zeros

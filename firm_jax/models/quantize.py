@@ -9,9 +9,9 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int8
 
 from firm_jax.errors import ConfigError
+from firm_jax.typing import Array, Float, Int8
 
 SCHEMES = ("int8",)
 LARGEST = 127  # -128 is left out: the rounding is the same for both signs

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
@@ -20,6 +19,7 @@ from firm_jax.models.config import check_fields, require
 from firm_jax.models.layers import Linear, scan_layers
 from firm_jax.models.qwen2_5_vl_vision import Qwen2_5VLVision, Qwen2_5VLVisionConfig
 from firm_jax.models.qwen_text import SHARDING_RULES, TextModel, image_rows, rotary_tables
+from firm_jax.typing import Array, Float, Int
 
 _ROTARY = ("rope_parameters", "rope_scaling", "rope_theta")
 _TEXT_FIXED = {"hidden_act": ("silu",), "attention_dropout": (0, 0.0), "use_sliding_window": (False, None)}

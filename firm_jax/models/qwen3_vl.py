@@ -17,7 +17,7 @@ from firm_jax.interop.mapping import Rule
 from firm_jax.mesh import BATCH_AXES
 from firm_jax.models.attention import attention
 from firm_jax.models.config import check_fields, require
-from firm_jax.models.layers import Linear, as_bits, of_bits, project, scan_layers, zeros_beside
+from firm_jax.models.layers import Linear, as_bits, of_bits, project, scan_layers, split_as, zeros_beside
 from firm_jax.models.lora import child
 from firm_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig
 from firm_jax.models.qwen_text import SHARDING_RULES, TextModel, image_rows, rotary_tables
@@ -253,11 +253,12 @@ class Qwen3VL(nnx.Module):
                 end = cache_index + T
                 if cache_index > 0:
                     k, v = (of_layer(written[name], layer)[:, :end] for name in ("k", "v"))
-                seen = (segments, kv_segments[:, :end])
+                seen = (segments, split_as(kv_segments[:, :end], segments))
                 return attention(q, k, v, segments=seen, causal=True, offset=cache_index), written
             first, seen, places = 0, kv_segments, (written,)
             if recent is not None:
-                first, own = kv_segments.shape[1], jnp.broadcast_to(segments[:, :1], (B, recent["k"].shape[3]))
+                room = recent["k"].shape[3]
+                first, own = kv_segments.shape[1], split_as(jnp.broadcast_to(segments[:, :1], (B, room)), segments)
                 seen, places = jnp.concatenate([kv_segments, own], axis=1), (cache, written)
             k, v = ([of_layer(place[name], layer) for place in places] for name in ("k", "v"))
             slots = jnp.broadcast_to(first + cache_index + jnp.arange(T), (B, T))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
 
 from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
@@ -33,6 +32,7 @@ from firm_jax.models.mmdit import (
     patchify,
     timestep_features,
 )
+from firm_jax.typing import Array, Float, Int
 
 NAME = "QwenImageTransformer2DModel"
 ROPE_THETA = 10_000

@@ -34,11 +34,13 @@ class TextConfig(Protocol):
     qkv_bias: bool
 
 
+# The wide projections are cut along their output: each device makes its columns for the few rows of a decoding step,
+# where cut along the input, partial sums of all columns would go around.
 SHARDING_RULES = (
-    (r"\.(q|k|v|gate|up)_proj\.kernel", P("fsdp", "tensor")),
+    (r"\.(q|k|v|gate|up)_proj\.kernel", P(None, ("tensor", "fsdp"))),
     (r"\.(o|down)_proj\.kernel", P("tensor", "fsdp")),
     (r"embed_tokens\.embedding", P("tensor", "fsdp")),
-    (r"lm_head\.kernel", P("fsdp", "tensor")),
+    (r"lm_head\.kernel", P(None, ("tensor", "fsdp"))),
 )
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
 
 from firm_jax.errors import ConfigError
 from firm_jax.interop.mapping import Rule
@@ -32,6 +31,7 @@ from firm_jax.models.mmdit import (
     patchify,
     timestep_features,
 )
+from firm_jax.typing import Array, Float
 
 NAME = "SD3Transformer2DModel"
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from firm_jax.errors import ConfigError
+from firm_jax.typing import Array, Bool, Float, Int
 
 STD_EPSILON = 1e-4
 

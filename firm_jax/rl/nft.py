@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from firm_jax.errors import ConfigError
+from firm_jax.typing import Array, Bool, Float
 
 Tree = TypeVar("Tree")
 

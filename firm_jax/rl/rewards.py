@@ -11,9 +11,9 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from firm_jax.errors import ConfigError
+from firm_jax.typing import Array, Bool, Float
 
 
 def normalise(score: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -1,30 +1,35 @@
-"""Drawing and judging the images of an epoch."""
+"""Drawing and judging the images of an epoch.
+
+What opens pictures is imported where records are read: drawing by itself needs no Pillow.
+"""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from PIL import Image
 
 from firm_jax.critic import Critic, Judgement
 from firm_jax.critic.rubric import RUBRICS
-from firm_jax.data.edits import EditRecord
-from firm_jax.data.images import from_array
-from firm_jax.data.prompts import PromptRecord
 from firm_jax.generation import Generator, initial_noise
 from firm_jax.generation.sources import cropped_size, resized, to_image
 from firm_jax.mesh import batch_size, shard_batch, to_host
 from firm_jax.rl.rewards import normalise
-from firm_jax.run import Run
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from firm_jax.data.prompts import PromptRecord
+    from firm_jax.run import Run
 
 # The criteria that compare a picture with the one it was made from.
 OF_EDITS = ("execution", "consistency")
 
 
-def conditioner(generator: Generator, settings, every: Sequence[PromptRecord]) -> Callable:
+def conditioner(generator: Generator, settings, every: "Sequence[PromptRecord]") -> Callable:
     """`condition(records)`: what `generator.condition` makes of them.
 
     Its arrays have one shape whichever records of `every` are chosen, so the programs they go to are compiled once.
@@ -33,7 +38,7 @@ def conditioner(generator: Generator, settings, every: Sequence[PromptRecord]) -
     if generator.edits:  # many records are of few sizes
         sizes = sorted({tuple((image.height, image.width) for image in record.images) for record in every})
 
-    def condition(records: Sequence[PromptRecord]):
+    def condition(records: "Sequence[PromptRecord]"):
         return generator.condition([record.text for record in records], settings, sources_of(records), sizes)
 
     return condition
@@ -111,11 +116,13 @@ def _finite(arrays: np.ndarray) -> np.ndarray:
     return np.isfinite(arrays.reshape(len(arrays), -1)).all(axis=1)
 
 
-def sources_of(records: Sequence[PromptRecord]) -> list[list[Image.Image]] | None:
+def sources_of(records: "Sequence[PromptRecord]") -> "list[list[Image.Image]] | None":
     """The source images of edits, opened, a list for each record; None for prompts, which have none.
 
     Equal images are one object. Raises DataError for one that is gone or has changed since the run began.
     """
+    from firm_jax.data.edits import EditRecord
+
     if not isinstance(records[0], EditRecord):
         return None
     distinct = {image.sha256: image for record in records for image in record.images}
@@ -123,7 +130,7 @@ def sources_of(records: Sequence[PromptRecord]) -> list[list[Image.Image]] | Non
     return [[opened[image.sha256] for image in record.images] for record in records]
 
 
-def shown_sources(records: Sequence[PromptRecord], settings) -> list[list[np.ndarray]]:
+def shown_sources(records: "Sequence[PromptRecord]", settings) -> list[list[np.ndarray]]:
     """The source images of each record as the critic is shown them, uint8 [H, W, 3]; none for prompts.
 
     Cropped where the generator crops them, and no larger than it sees them: the critic is not to miss what the
@@ -138,7 +145,7 @@ def shown_sources(records: Sequence[PromptRecord], settings) -> list[list[np.nda
     return [[shown[id(image)] for image in images] for images in opened]
 
 
-def _shown(image: Image.Image, settings) -> np.ndarray:
+def _shown(image: "Image.Image", settings) -> np.ndarray:
     kept = to_image(image, (settings.height, settings.width) if settings.crop_sources else None)
     return np.asarray(resized(kept, shown_size(image.height, image.width, settings)))
 
@@ -158,7 +165,7 @@ def shown_size(height: int, width: int, settings) -> tuple[int, int]:
 def judge(
     critic: Critic,
     images: np.ndarray,
-    prompts: Sequence[PromptRecord],
+    prompts: "Sequence[PromptRecord]",
     sources: Sequence[Sequence[np.ndarray]],
     criteria: Sequence[str],
     settings,
@@ -179,11 +186,13 @@ def judge(
 
 def questions(
     images: np.ndarray,
-    prompts: Sequence[PromptRecord],
+    prompts: "Sequence[PromptRecord]",
     sources: Sequence[Sequence[np.ndarray]],
     criteria: Sequence[str],
 ) -> tuple[np.ndarray, list[dict]]:
     """Which of M images are shown to the critic [M], and what it is asked about them, as `judge` says."""
+    from firm_jax.data.images import from_array
+
     shown = _finite(images)
     pictures = [
         ([*before, from_array(image)], p)
@@ -256,9 +265,9 @@ def mean_or_none(values: np.ndarray) -> float | None:
 
 
 def write_judgements(
-    run: Run,
+    run: "Run",
     epoch: int,
-    prompts: Sequence[PromptRecord],
+    prompts: "Sequence[PromptRecord]",
     judged: dict[str, list[Judgement]],
     rewards: np.ndarray,
     files: Mapping[int, str] = MappingProxyType({}),
@@ -268,7 +277,9 @@ def write_judgements(
     files: image -> the file in the run's folder, of those that are kept; their records name it.
     """
 
-    def asked(record: PromptRecord) -> dict:
+    from firm_jax.data.edits import EditRecord
+
+    def asked(record: "PromptRecord") -> dict:
         sources = {"sources": [image.name for image in record.images]} if isinstance(record, EditRecord) else {}
         return {"prompt": record.text} | sources
 

@@ -11,7 +11,8 @@ criteria. The paper says nothing of answers without a score; the two treatments 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+
+from firm_jax.typing import Float
 
 SCALE = np.arange(1, 6)
 # Around the halves: a critic that is sure gives nearly whole numbers, which an edge there would part.
