@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +131,30 @@ def test_the_gain_of_a_feature_is_told_for_each_dtype():
     found = harness.speedups([*rows, row(WITH, "bfloat16", [9.0])])
     assert found.keys() == {"float32"}
     assert found["float32"]["ratio"] == 3.0 and found["float32"]["by_round"] == [2.25, 3.0, 3.0]
+
+
+ABSENT = (
+    "PIL",
+    "diffusers",
+    "fastapi",
+    "grain",
+    "jaxtyping",
+    "ml_collections",
+    "peft",
+    "pydantic",
+    "tenacity",
+    "tensorboardX",
+)
+
+
+def test_the_frameworks_alone_are_enough():
+    """A machine with a GPU may have no more: all but fine-tuning, whose data are opened with Pillow."""
+    names = (
+        "sd3_rollout sd3_update text_encoding qwen_edit_rollout qwen_edit_update critic_decode critic_features loading"
+    )
+    imported = ", ".join(f"benchmarks.{name}" for name in names.split())
+    code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); import {imported}"
+    subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, check=True, timeout=300)
 
 
 def test_random_t5_has_scores_as_wide_as_a_trained_one(tmp_path):
