@@ -24,8 +24,8 @@ from firm_jax.rl import job, train
 CONFIG = Path(__file__).parents[1] / "configs" / "gen_qma.py"
 PROMPTS = ["a red circle", "two blue squares", "a white star", "a green cross above a red square"]
 
-# Widths that eight devices divide, heads as many as they are, and no kernel of the shape of an activation: programs
-# are searched for shapes.
+# Widths that eight devices divide, the generator's heads as many as they are, and no kernel of the shape of an
+# activation: programs are searched for shapes.
 TRANSFORMER = {
     "num_layers": 6,
     "dual_attention_layers": (),
@@ -38,8 +38,8 @@ TEXT = {
     "hidden_size": 48,
     "intermediate_size": 56,
     "num_hidden_layers": 5,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 24,  # three a key head: where FSDP is two, a part of q's kernel else has the shape of k's
+    "num_key_value_heads": 8,
     "head_dim": 20,
     "rope_parameters": MINIATURE["text"]["rope_parameters"] | {"mrope_section": [4, 3, 3]},
 }

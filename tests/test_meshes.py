@@ -28,7 +28,9 @@ ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod
 MESHES = [pytest.param(sizes, marks=() if sizes in QUICK else pytest.mark.slow) for sizes in ALL]
 
 BATCH = ("data", "fsdp")
-# One parameter of every kind: FSDP cuts a kernel's input, unless that is what the tensor axis cuts.
+COLUMNS = ("tensor", "fsdp")
+# One parameter of every kind: FSDP cuts a kernel's input, unless that is what the tensor axis cuts. Where a model
+# writes tokens, it cuts the output of what is wide there: see SHARDING_RULES in models/qwen_text.py.
 GENERATOR = {
     "blocks.attn.to_q.kernel": (None, "fsdp", "tensor"),
     "blocks.attn.add_v_proj.kernel": (None, "fsdp", "tensor"),
@@ -44,9 +46,9 @@ GENERATOR = {
 }
 CRITIC = {
     "language_model.embed_tokens.embedding": ("tensor", "fsdp"),
-    "language_model.layers.self_attn.q_proj.kernel": (None, "fsdp", "tensor"),
+    "language_model.layers.self_attn.q_proj.kernel": (None, None, COLUMNS),
     "language_model.layers.self_attn.o_proj.kernel": (None, "tensor", "fsdp"),
-    "language_model.layers.mlp.up_proj.kernel": (None, "fsdp", "tensor"),
+    "language_model.layers.mlp.up_proj.kernel": (None, None, COLUMNS),
     "language_model.layers.mlp.down_proj.kernel": (None, "tensor", "fsdp"),
     "language_model.norm.scale": (),
     "visual.blocks.attn.qkv.kernel": (None, "fsdp", None),
@@ -213,10 +215,11 @@ def cut_kernels(ran) -> dict[str, tuple[int, ...]]:
     kernels = {}
     for owner, params in (("generator.", ran.job.generator.params), ("", ran.job.critic.decoder.params)):
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-            if "fsdp" in leaf.sharding.spec:
-                last_two = list(zip(leaf.shape, leaf.sharding.spec, strict=True))[-2:]
+            spec = [axes if isinstance(axes, tuple) else (axes,) for axes in leaf.sharding.spec]
+            if any("fsdp" in axes for axes in spec):
+                last_two = list(zip(leaf.shape, spec, strict=True))[-2:]
                 tensor = ran.mesh.shape["tensor"]
-                undone = (size // tensor if axis == "tensor" else size for size, axis in last_two)
+                undone = (size // tensor if "tensor" in axes else size for size, axes in last_two)
                 kernels[owner + path_name(path)] = tuple(sorted(undone))
     return kernels
 

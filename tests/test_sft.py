@@ -198,7 +198,7 @@ def test_eight_devices_take_the_same_step(step, folder):
     for name in ("loss/total", "loss/score", "grad/norm"):
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5)
     moments = optimizer_leaf(state["optimizer"], ("layers", "mlp", "up_proj", "kernel"))
-    assert moments and all(leaf.sharding.spec == P(None, "fsdp", "tensor") for leaf in moments)
+    assert moments and all(leaf.sharding.spec == P(None, None, ("tensor", "fsdp")) for leaf in moments)
 
 
 def optimizer_leaf(state, names) -> list:
