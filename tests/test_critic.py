@@ -223,6 +223,30 @@ def test_one_question_at_a_time_on_a_mesh_of_one_device(folder, generations, mon
     assert_same(generate(alone, REQUESTS[:2]), generations[:2])
 
 
+def test_a_batch_that_shrinks_to_one_row_on_a_mesh_of_one_device(folder, generations, edits_alone, monkeypatch):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    critic = Critic.from_pretrained(folder, dtype="float32", mesh=mesh, max_batch=8)
+    sequences = [critic.processor.sequence(request["images"], request["text"]) for request in REQUESTS]
+    wanted = [3, 99, 4, 5, 6]
+    chunk, sizes = decode.decode_chunk, []
+
+    def counted(graphdef, params, state, **options):
+        sizes.append(len(state["ended"]))
+        return chunk(graphdef, params, state, **options)
+
+    monkeypatch.setattr(decode, "decode_chunk", counted)
+
+    def enough(number, tokens):
+        return wanted[number] if len(tokens) >= wanted[number] else None
+
+    found = critic.decoder.generate(sequences, NEW_TOKENS, enough=enough)
+    for one, before, count in zip(found, generations, wanted, strict=True):
+        np.testing.assert_array_equal(one.tokens, before.tokens[:count])
+    assert sizes[0] == 8 and sizes[-1] == 1
+    monkeypatch.setattr(decode, "plan_batches", partial(plan_batches, choices=((GROUP, PICTURE),)))
+    assert_same(generate(critic, edits()[:1], max_new_tokens=16), edits_alone[:1])
+
+
 def answering(critic, monkeypatch, text: str, probabilities, finish_reason="stop"):
     """Let the critic answer `text`, with these probabilities of 1..5 at every digit."""
     tokens = np.array(critic.processor.encode(text), np.int32)
